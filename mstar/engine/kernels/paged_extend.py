@@ -1,0 +1,157 @@
+"""Attention of several new tokens per sequence over a paged cache (prefill and extension).
+
+Blocks of queries loop over blocks of keys through the block table with an online softmax (Dao 2023,
+FlashAttention-2, algorithm 1). The rows of a block are (query, head of the group) pairs, so a key
+is read once for all query heads of its kv head and any group size works without padding. The torch
+reference is `paged_attention_torch`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton
+
+if TYPE_CHECKING:
+    from mstar.engine.kernels.paged_attention import BatchTensors
+
+__all__ = ["paged_extend_triton"]
+
+
+def paged_extend_triton(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    batch: BatchTensors,
+    scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`paged_attention` for the sequences of a batch that have more than one new token.
+
+    Rows of ``out`` that belong to other sequences are left as they are.
+    """
+    _, heads, dim = q.shape
+    _, page_size, kv_heads, _ = k_pages.shape
+    group = heads // kv_heads
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    block_m = 64
+    block_d = max(16, next_power_of_2(dim))
+    blocks = triton.cdiv(batch.max_query_len * group, block_m)
+    sequences = len(batch.kv_len)
+    if not blocks or not sequences:
+        return out
+    _extend_kernel[(blocks, kv_heads, sequences)](
+        q,
+        k_pages,
+        v_pages,
+        out,
+        batch.query_start,
+        batch.kv_len,
+        batch.causal,
+        batch.block_table,
+        scale * math.log2(math.e),
+        *q.stride()[:2],
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        *out.stride()[:2],
+        batch.block_table.stride(0),
+        GROUP=group,
+        DIM=dim,
+        PAGE_SIZE=page_size,
+        BLOCK_M=block_m,
+        BLOCK_N=64 if block_d * q.element_size() <= 256 else 32,
+        BLOCK_D=block_d,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out
+
+
+@jit
+def _extend_kernel(
+    q,  # [tokens, heads, DIM]
+    k_pages,  # [pages, PAGE_SIZE, kv_heads, DIM]
+    v_pages,
+    out,  # [tokens, heads, DIM]
+    query_start,
+    kv_lens,
+    causal,
+    block_table,
+    scale_log2,
+    q_token_stride,
+    q_head_stride,
+    k_page_stride,
+    k_slot_stride,
+    k_head_stride,
+    v_page_stride,
+    v_slot_stride,
+    v_head_stride,
+    out_token_stride,
+    out_head_stride,
+    table_stride,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_M (query, head) rows of one sequence and one kv head."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # longest causal rows first
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    first = tl.load(query_start + sequence)
+    length = tl.load(query_start + sequence + 1) - first
+    if (length == 1) | (block * BLOCK_M >= length * GROUP):
+        return
+    kv_len = tl.load(kv_lens + sequence)
+    is_causal = tl.load(causal + sequence)
+
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    query_index = row // GROUP
+    is_row = query_index < length
+    token = first.to(tl.int64) + query_index
+    head = kv_head * GROUP + row % GROUP
+    column = tl.arange(0, BLOCK_D)
+    inside = column < DIM
+    row_mask = is_row[:, None] & inside[None, :]
+    source = q + token * q_token_stride + head * q_head_stride
+    query = tl.load(source[:, None] + column[None, :], mask=row_mask, other=0.0)
+
+    # Each row sees keys 0 .. seen - 1; at least one, so the running maximum is finite at once.
+    seen = tl.where((is_causal != 0) & is_row, kv_len - length + query_index + 1, kv_len)
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, length - 1)
+    end = tl.where(is_causal != 0, kv_len - length + last + 1, kv_len)
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, end, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        valid = position < end
+        entry = block_table + sequence * table_stride + position // PAGE_SIZE
+        page = tl.load(entry, mask=valid, other=0).to(tl.int64)
+        offset = position % PAGE_SIZE
+        kv_mask = valid[:, None] & inside[None, :]
+        source = k_pages + page * k_page_stride + offset * k_slot_stride + kv_head * k_head_stride
+        key = tl.load(source[:, None] + column[None, :], mask=kv_mask, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+        visible = valid[None, :] & (position[None, :] < seen[:, None])
+        score = tl.where(visible, score, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(score, axis=1))
+        weight = tl.exp2(score - new_peak[:, None])
+        fade = tl.exp2(peak - new_peak)
+        source = v_pages + page * v_page_stride + offset * v_slot_stride + kv_head * v_head_stride
+        value = tl.load(source[:, None] + column[None, :], mask=kv_mask, other=0.0)
+        total = total * fade + tl.sum(weight, axis=1)
+        acc = acc * fade[:, None]
+        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
+        peak = new_peak
+
+    target = out + token * out_token_stride + head * out_head_stride
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(target[:, None] + column[None, :], result, mask=row_mask)

@@ -1,0 +1,429 @@
+"""A decoder network as a node: continuous batching, chunked prefill, decoding.
+
+Calls are *spans*: some new tokens of one sequence. A batch mixes prefill chunks and decode steps of
+any number of sequences. `feed` and `generate` are coroutines above that; a walk uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mstar.engine.graphs import DecodeGraphs
+from mstar.engine.kernels.paged_attention import PagedBatch
+from mstar.engine.kvcache import KVCache, KVGroup, KVLayout, KVPool
+from mstar.engine.layers.attention import AttentionContext
+from mstar.engine.node import Node
+from mstar.engine.paged_context import PagedContext
+from mstar.engine.pages import PagesExhausted
+from mstar.engine.sampling import SamplerState, SamplingParams, sampler_for
+from mstar.engine.traps import Call
+from mstar.errors import OutOfMemory
+from mstar.types import Usage
+
+__all__ = ["DecoderNetwork", "Generation", "LanguageModel", "Span", "Step"]
+
+
+class DecoderNetwork(Protocol):
+    """What a network must offer to be run as a `LanguageModel`."""
+
+    kv_layout: KVLayout
+    vocab_size: int
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings `[tokens, hidden]` of ids `[tokens]`."""
+
+    def __call__(self, inputs: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        """Normed hidden states `[tokens, hidden]` of ids `[tokens]` or embeddings."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores float32 `[tokens, vocab]`."""
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """New tokens of one sequence.
+
+    Args:
+        kv: the sequence.
+        inputs: token ids, embeddings `[count, hidden]`, or the step whose token is the input.
+        count: number of tokens.
+        positions: rotary positions; those after the cached tokens if left out.
+        causal: whether tokens of the span see only those before them.
+        keep: whether the span's keys and values stay in the cache.
+        sampler: choose a token after the span's last one.
+        hidden: return the span's hidden states.
+        content: what the tokens are, for the prefix cache (see `KVCache.note`).
+    """
+
+    kv: KVCache
+    inputs: Sequence[int] | Tensor | Step
+    count: int
+    positions: Sequence[int] | None = None
+    causal: bool = True
+    keep: bool = True
+    sampler: SamplerState | None = None
+    hidden: bool = False
+    content: Sequence[int] | None = None
+
+
+class _Tokens:
+    """The tokens that one batch chose. On a GPU they are read without stopping it."""
+
+    def __init__(self, chosen: Tensor) -> None:
+        self.on_device = chosen
+        self._values: list[int] | None = None
+        self._event: torch.cuda.Event | None = None
+        if chosen.is_cuda:
+            self._host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+            self._host.copy_(chosen, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = chosen.tolist()
+
+    def __getitem__(self, row: int) -> int:
+        if self._values is None:
+            self._event.synchronize()
+            self._values = self._host.tolist()
+        return self._values[row]
+
+
+class Step:
+    """What came of a span: the chosen token (if asked for) and hidden states (if asked for)."""
+
+    __slots__ = ("hidden", "row", "tokens")
+
+    def __init__(self, tokens: _Tokens | None, row: int, hidden: Tensor | None) -> None:
+        self.tokens = tokens
+        self.row = row
+        self.hidden = hidden
+
+    @property
+    def token(self) -> int:
+        """The chosen token. On a GPU this waits until the step has run."""
+        return self.tokens[self.row]
+
+
+class LanguageModel(Node):
+    """A decoder network, its KV cache and its sampler.
+
+    Args:
+        network: the decoder.
+        pool: its KV cache.
+        max_batch: most sequences in a batch.
+        token_budget: most prefill tokens in a batch; prompts are fed in chunks of that size.
+        look_ahead: launch a sequence's next step before its last token is read (default: on a GPU).
+            Stop conditions are then seen one step late and the surplus token is dropped.
+        graphs: capture decode steps as CUDA graphs (on a GPU).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: DecoderNetwork,
+        pool: KVPool,
+        *,
+        max_batch: int = 64,
+        token_budget: int = 512,
+        look_ahead: bool | None = None,
+        graphs: bool = True,
+    ) -> None:
+        super().__init__(name, self._run, max_batch=max_batch)
+        self.network = network
+        self.pool = pool
+        self.token_budget = token_budget
+        self.device = pool.tensor.device
+        self.look_ahead = self.device.type == "cuda" if look_ahead is None else look_ahead
+        self.sampler = sampler_for(self.device, network.vocab_size)
+        self.graphs: DecodeGraphs | None = None
+        self._use_graphs = graphs and self.device.type == "cuda"
+
+    # -- for walks ---------------------------------------------------------------------------
+
+    def open_cache(self) -> KVCache:
+        """An empty sequence; use it in a `with` statement."""
+        return self.pool.open()
+
+    async def feed(
+        self,
+        kv: KVCache,
+        ids: Sequence[int],
+        *,
+        sampler: SamplerState | None = None,
+        usage: Usage | None = None,
+    ) -> Step:
+        """Prefill token ids in chunks, reusing cached pages if the sequence is empty.
+
+        Returns:
+            The step of the last chunk; with a `sampler` it has the token that follows.
+        """
+        first = kv.reuse(ids)
+        if usage is not None:
+            usage.prompt_tokens += len(ids)
+            usage.cached_tokens += first
+        while True:
+            chunk = ids[first : first + self.token_budget]
+            first += len(chunk)
+            last = first >= len(ids)
+            step = await self(
+                Span(kv, chunk, len(chunk), sampler=sampler if last else None, content=chunk)
+            )
+            if last:
+                return step
+
+    def generate(
+        self,
+        kv: KVCache,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        usage: Usage | None = None,
+    ) -> Generation:
+        """Prefill `prompt` and decode. Iterate for tokens; stop tokens are not among them."""
+        return Generation(self, kv, prompt, params, usage)
+
+    # -- the node ----------------------------------------------------------------------------
+
+    def bind(self, schedule: Callable[[Node], None]) -> None:
+        """Tell whom to notify when calls that waited for pages may go on."""
+        self.pool.on_release.append(lambda: self._only and schedule(self))
+
+    def enqueue(self, call: Call) -> None:
+        """See `Node.enqueue`."""
+        call.payload.kv.group.waiting += 1
+        super().enqueue(call)
+
+    def withdrawn(self, call: Call) -> None:
+        """See `Node.withdrawn`. The sequence is idle now: others may take its pages."""
+        if call in self._only:
+            self._only.remove(call)
+            call.payload.kv.group.waiting -= 1
+            self.pool.released()
+
+    def take(self) -> list[Call]:
+        """The next batch: eldest sequences first, each with its pages reserved."""
+        calls = sorted(self._only, key=lambda call: call.payload.kv.group.age)
+        batch: list[Call] = []
+        busy: set[KVGroup] = set()
+        room, starved = self.token_budget, False
+        for call in calls:
+            span: Span = call.payload
+            if len(batch) == self.max_batch:
+                break
+            if span.count > 1 and span.count > room and room < self.token_budget:
+                continue
+            if (starved or self._must_wait(span, busy)) and not self._has_pages(span):
+                starved = True
+                continue
+            try:
+                span.kv.reserve(span.count, busy)
+            except PagesExhausted as error:
+                if not busy:
+                    self._refuse(call, error)
+                starved = True
+                continue
+            except Exception as error:
+                self._drop(call).reject(error)
+                continue
+            busy.add(span.kv.group)
+            batch.append(call)
+            if span.count > 1:
+                room -= span.count
+        taken = set(batch)
+        self._only = type(self._only)(c for c in self._only if c not in taken)
+        for call in batch:
+            call.payload.kv.group.waiting -= 1
+        return batch
+
+    def warmup(self) -> None:
+        """Capture what is captured. Afterwards decode steps up to `max_batch` only replay."""
+        if self._use_graphs and self.graphs is None:
+            buckets = [1, 2, 4, *range(8, self.max_batch, 8), self.max_batch]
+            self.graphs = DecodeGraphs(
+                self._decode, self.pool, sorted(set(buckets)), self.pool.capacity
+            )
+            self.graphs.capture()
+
+    # -- inside ------------------------------------------------------------------------------
+
+    def _has_pages(self, span: Span) -> bool:
+        kv = span.kv
+        needed = self.pool.pages_for(kv.length + span.count)
+        return not kv.group.is_out and needed <= len(kv.pages)
+
+    def _must_wait(self, span: Span, busy: set[KVGroup]) -> bool:
+        """Whether a sequence should not come in yet, because those that run will soon grow."""
+        kv = span.kv
+        if not busy or (kv.pages and not kv.group.is_out):
+            return False
+        needed = self.pool.pages_for(kv.length + span.count)
+        return self.pool.table.available < needed + len(busy)
+
+    def _drop(self, call: Call) -> Any:
+        self._only.remove(call)
+        call.payload.kv.group.waiting -= 1
+        waiter, call.waiter = call.waiter, None
+        return waiter
+
+    def _refuse(self, call: Call, error: Exception) -> None:
+        """Nobody else is left to make room, so the sequence can never fit."""
+        kv = call.payload.kv
+        self._drop(call).reject(
+            OutOfMemory(
+                f"the KV cache of {self.name} holds {self.pool.capacity} tokens, too few for a "
+                f"sequence of {kv.length + call.payload.count} (with its forks): {error}"
+            )
+        )
+
+    def _run(self, spans: list[Span]) -> list[Step]:
+        kv_lens = [span.kv.length + span.count for span in spans]
+        tables = [span.kv.pages for span in spans]
+        rows = [index for index, span in enumerate(spans) if span.sampler is not None]
+        hidden, logits = self._forward(spans, kv_lens, tables, rows)
+        tokens = None
+        if rows:
+            tokens = _Tokens(self.sampler.sample(logits, [spans[r].sampler for r in rows]))
+        place = {row: index for index, row in enumerate(rows)}
+        steps, start = [], 0
+        for index, span in enumerate(spans):
+            states = hidden[start : start + span.count] if span.hidden else None
+            start += span.count
+            if span.keep:
+                if span.content is not None or not isinstance(span.inputs, Step):
+                    span.kv.note(span.content)
+                span.kv.wrote(span.count)
+            steps.append(Step(tokens, place.get(index, -1), states))
+        return steps
+
+    def _forward(
+        self,
+        spans: list[Span],
+        kv_lens: list[int],
+        tables: list[list[int]],
+        rows: list[int],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of all tokens, and logits of the last token of each span in `rows`."""
+        counts = [span.count for span in spans]
+        positions: list[int] = []
+        for span in spans:
+            begin = span.kv.length
+            positions += span.positions or range(begin, begin + span.count)
+        inputs = self._inputs(spans)
+        batch = PagedBatch(
+            counts, kv_lens, tables, [span.causal for span in spans], self.pool.page_size
+        )
+        if self._is_captured(spans, rows):
+            slots = batch.slots.tolist()
+            hidden, logits = self.graphs.run(inputs, positions, slots, kv_lens, tables)
+            return (hidden.clone() if any(s.hidden for s in spans) else hidden), logits
+        context = PagedContext(self.pool, batch, batch.slots_on(self.device))
+        where = torch.tensor(positions, device=self.device)
+        hidden = self.network(inputs, where, context)
+        if not rows:
+            return hidden, None
+        last, end = [], 0
+        for count in counts:
+            end += count
+            last.append(end - 1)
+        if len(rows) == len(hidden):
+            return hidden, self.network.logits(hidden)
+        wanted = torch.tensor([last[row] for row in rows], device=self.device)
+        return hidden, self.network.logits(hidden[wanted])
+
+    def _decode(
+        self, ids: Tensor, positions: Tensor, context: PagedContext
+    ) -> tuple[Tensor, Tensor]:
+        hidden = self.network(ids, positions, context)
+        return hidden, self.network.logits(hidden)
+
+    def _is_captured(self, spans: list[Span], rows: list[int]) -> bool:
+        return (
+            self.graphs is not None
+            and len(rows) == len(spans)
+            and all(s.count == 1 and not _is_embedding(s.inputs) for s in spans)
+            and self.graphs.fits(len(spans), [s.kv.pages for s in spans])
+        )
+
+    def _inputs(self, spans: list[Span]) -> Tensor:
+        """Ids `[tokens]`, or embeddings `[tokens, hidden]` if any span brings some."""
+        if not any(_is_embedding(span.inputs) for span in spans):
+            return self._ids(spans)
+        parts = [
+            span.inputs if _is_embedding(span.inputs) else self.network.embed(self._ids([span]))
+            for span in spans
+        ]
+        return torch.cat(parts)
+
+    def _ids(self, spans: list[Span]) -> Tensor:
+        if self.device.type == "cuda" and any(isinstance(s.inputs, Step) for s in spans):
+            parts = [
+                s.inputs.tokens.on_device[s.inputs.row].unsqueeze(0)
+                if isinstance(s.inputs, Step)
+                else torch.tensor(s.inputs, device=self.device)
+                for s in spans
+            ]
+            return torch.cat(parts)
+        ids: list[int] = []
+        for span in spans:
+            if isinstance(span.inputs, Step):
+                ids.append(span.inputs.token)
+            else:
+                ids += span.inputs
+        return torch.tensor(ids, device=self.device)
+
+
+class Generation:
+    """Tokens being decoded. `finish_reason` is `"stop"` or `"length"` once it has ended."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        kv: KVCache,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        usage: Usage | None,
+    ) -> None:
+        self.finish_reason: str | None = None
+        self._lm = lm
+        self._kv = kv
+        self._prompt = prompt
+        self._params = params
+        self._usage = usage if usage is not None else Usage()
+
+    def __aiter__(self) -> AsyncIterator[int]:
+        return self._tokens()
+
+    async def _tokens(self) -> AsyncIterator[int]:
+        lm, kv, params, usage = self._lm, self._kv, self._params, self._usage
+        sampler = lm.sampler.open(params, self._prompt)
+        try:
+            step = await lm.feed(kv, self._prompt, sampler=sampler, usage=usage)
+            for count in range(1, params.max_tokens + 1):
+                more = count < params.max_tokens
+                ahead = None
+                if lm.look_ahead and more:
+                    ahead = await lm(Span(kv, step, 1, sampler=sampler))
+                token = step.token
+                usage.generated_tokens += 1
+                if token in params.stop_ids:
+                    if ahead is not None:
+                        kv.truncate(kv.length - 1)
+                    self.finish_reason = "stop"
+                    return
+                if ahead is not None:
+                    kv.note((token,))
+                yield token
+                if more:
+                    step = ahead or await lm(Span(kv, step, 1, sampler=sampler, content=(token,)))
+            self.finish_reason = "length"
+        finally:
+            lm.sampler.close(sampler)
+
+
+def _is_embedding(inputs: object) -> bool:
+    return isinstance(inputs, Tensor)

@@ -1,0 +1,38 @@
+"""The attention context of a batch whose keys and values are in the pages of a pool."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mstar.engine.kernels.paged_attention import BatchTensors, PagedBatch, paged_attention
+from mstar.engine.kernels.rotary_store import rotary_store
+from mstar.engine.kvcache import KVPool
+
+__all__ = ["PagedContext"]
+
+
+class PagedContext:
+    """The tokens of a batch over the pages of a pool.
+
+    Args:
+        batch: which tokens belong to which sequence.
+        slots: int64 `[tokens]`, where in the pool each token's keys and values go.
+    """
+
+    def __init__(self, pool: KVPool, batch: PagedBatch | BatchTensors, slots: Tensor) -> None:
+        self.pool = pool
+        self.batch = batch
+        self.slots = slots
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Tensor,
+        angles: tuple[Tensor, Tensor],
+        heads: int,
+        kv_heads: int,
+    ) -> Tensor:
+        """See `layers.attention.AttentionContext.attend`."""
+        keys, values = self.pool.layer(layer)
+        q = rotary_store(qkv, *angles, keys, values, self.slots, heads, kv_heads)
+        return paged_attention(q, keys, values, self.batch, q.shape[-1] ** -0.5).flatten(1)

@@ -1,0 +1,205 @@
+"""What a walk may wait for.
+
+A walk is a coroutine. Whatever it awaits ends in a *trap*: an object that the coroutine yields to
+the runtime, which begins it on behalf of a *waiter* and later hands the waiter a value or an error.
+A waiter is anything with `resolve(value)` and `reject(error)`: a task, one branch of a `gather`, a
+place in a request's output.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from mstar.engine.node import Node
+    from mstar.engine.runtime import Runtime, Task
+
+__all__ = ["Call", "Park", "Sleep", "Trap", "Waiter", "gather", "sleep", "spawn", "start"]
+
+_thread = threading.local()
+
+
+class Waiter(Protocol):
+    """Who is told how something ended."""
+
+    def resolve(self, value: Any) -> None: ...
+
+    def reject(self, error: BaseException) -> None: ...
+
+
+class Trap:
+    """Base of everything that a coroutine can be suspended on."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Trap, Any, Any]:
+        return (yield self)
+
+    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+        """Arrange that `waiter` hears of the outcome."""
+        raise NotImplementedError
+
+    def withdraw(self) -> None:
+        """Forget the waiter: it is told nothing any more."""
+        raise NotImplementedError
+
+
+class Call(Trap):
+    """One use of a node: the unit that is batched."""
+
+    __slots__ = ("node", "payload", "sequence", "waiter")
+
+    def __init__(self, node: Node, payload: Any) -> None:
+        self.node = node
+        self.payload = payload
+        self.waiter: Waiter | None = None
+        self.sequence = 0
+
+    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+        if self.waiter is not None:
+            raise RuntimeError(f"a call of {self.node.name} was awaited twice")
+        self.waiter = waiter
+        self.node.enqueue(self)
+        runtime.schedule(self.node)
+
+    def withdraw(self) -> None:
+        self.waiter = None
+        self.node.withdrawn(self)
+
+
+class Park(Trap):
+    """Suspend until somebody resolves the waiter that `register` was given."""
+
+    __slots__ = ("forget", "register", "waiter")
+
+    def __init__(
+        self, register: Callable[[Waiter], None], forget: Callable[[Waiter], None]
+    ) -> None:
+        self.register = register
+        self.forget = forget
+        self.waiter: Waiter | None = None
+
+    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+        self.waiter = waiter
+        self.register(waiter)
+
+    def withdraw(self) -> None:
+        if self.waiter is not None:
+            self.forget(self.waiter)
+
+
+class Sleep(Trap):
+    """Suspend for some seconds."""
+
+    __slots__ = ("seconds", "timer")
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.timer: Any = None
+
+    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+        self.timer = runtime.call_later(self.seconds, waiter.resolve, None)
+
+    def withdraw(self) -> None:
+        self.timer.cancel()
+
+
+class _Branch:
+    __slots__ = ("gather", "index")
+
+    def __init__(self, gather: _Gather, index: int) -> None:
+        self.gather = gather
+        self.index = index
+
+    def resolve(self, value: Any) -> None:
+        self.gather.arrived(self.index, value)
+
+    def reject(self, error: BaseException) -> None:
+        self.gather.failed(self.index, error)
+
+
+class _Gather(Trap):
+    __slots__ = ("branches", "pending", "results", "started", "waiter")
+
+    def __init__(self, branches: tuple[Awaitable[Any], ...]) -> None:
+        self.branches = branches
+        self.started: list[Trap | Task | None] = []
+        self.results: list[Any] = [None] * len(branches)
+        self.pending = len(branches)
+        self.waiter: Waiter | None = None
+
+    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+        self.waiter = waiter
+        if not self.branches:
+            waiter.resolve([])
+            return
+        for index, branch in enumerate(self.branches):
+            self.started.append(start(runtime, branch, _Branch(self, index)))
+
+    def withdraw(self) -> None:
+        self.waiter = None
+        for index, begun in enumerate(self.started):
+            if begun is not None:
+                self.started[index] = None
+                begun.withdraw()
+        for branch in self.branches[len(self.started) :]:
+            if inspect.iscoroutine(branch):
+                branch.close()
+
+    def arrived(self, index: int, value: Any) -> None:
+        self.started[index] = None
+        self.results[index] = value
+        self.pending -= 1
+        if self.pending == 0 and self.waiter is not None:
+            self.waiter.resolve(self.results)
+
+    def failed(self, index: int, error: BaseException) -> None:
+        self.started[index] = None
+        waiter = self.waiter
+        if waiter is not None:
+            self.withdraw()
+            waiter.reject(error)
+
+
+def gather(*branches: Awaitable[Any]) -> Awaitable[list[Any]]:
+    """Run calls and coroutines together; their results in order.
+
+    The first branch that fails ends the others and raises its error in the walk.
+    """
+    return _Gather(branches)
+
+
+def sleep(seconds: float) -> Awaitable[None]:
+    """Suspend the walk; others go on."""
+    return Sleep(seconds)
+
+
+def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
+    """Start a child walk of the running one. Await the task for its result.
+
+    The child ends at the latest when its parent does; an error in it that nobody awaits is raised
+    in the parent.
+    """
+    runtime: Runtime | None = getattr(_thread, "runtime", None)
+    if runtime is None or runtime.current is None:
+        coroutine.close()
+        raise RuntimeError("spawn() is for use inside a walk")
+    return runtime.spawn(coroutine, parent=runtime.current)
+
+
+def start(runtime: Runtime, awaitable: Awaitable[Any], waiter: Waiter) -> Trap | Task:
+    """Begin a trap or a coroutine; the returned object's `withdraw()` ends it."""
+    if isinstance(awaitable, Trap):
+        awaitable.begin(runtime, waiter)
+        return awaitable
+    if inspect.iscoroutine(awaitable):
+        return runtime.spawn(awaitable, waiter=waiter)
+    raise TypeError(f"cannot wait for a {type(awaitable).__name__}: not a call or coroutine")
+
+
+def bind_thread(runtime: Runtime | None) -> None:
+    """Make `spawn` on this thread belong to `runtime`."""
+    _thread.runtime = runtime

@@ -1,0 +1,94 @@
+"""What every model family implements, and what it is given to load itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mstar.engine.node import Node
+from mstar.engine.request import Request
+from mstar.models.card import ModelCard
+
+__all__ = ["Inputs", "Model", "Setup"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the caller gave, by modality. Media are lists, empty if there are none."""
+
+    text: str | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    images: Sequence[Any] = ()
+    audio: Sequence[Any] = ()
+    video: Sequence[Any] = ()
+    input_modalities: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is to be loaded.
+
+    Args:
+        folders: part of the model -> local folder with its checkpoint.
+        device: where it runs.
+        dtype: of the large networks; parts that need float32 keep it.
+        dummy: random weights of the real shapes; only configs and tokenizers are read.
+        kv_tokens: capacity of a KV cache in tokens; None fits it to the free memory.
+        memory_fraction: share of the free memory that a KV cache may take.
+        max_batch: most sequences in one batch.
+        token_budget: most prefill tokens in one batch.
+        prefix_cache: keep finished sequences' pages for others with the same beginning.
+        look_ahead: see `LanguageModel`.
+        progress: called with (done, total, name) while weights are read.
+    """
+
+    folders: Mapping[str, Path]
+    device: torch.device
+    dtype: torch.dtype
+    dummy: bool = False
+    kv_tokens: int | None = None
+    memory_fraction: float = 0.9
+    max_batch: int = 64
+    token_budget: int = 512
+    prefix_cache: bool = True
+    look_ahead: bool | None = None
+    progress: Callable[[int, int, str], None] | None = None
+
+
+class Model:
+    """A family: nodes, prompt layout, parameters, walk.
+
+    `load` may take its time; `prepare` runs in the caller's thread; `walk` on the engine's.
+    """
+
+    card: ModelCard
+
+    @classmethod
+    def load(cls, setup: Setup) -> Model:
+        """Build the networks and their nodes."""
+        raise NotImplementedError
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """All nodes, for statistics and binding."""
+        raise NotImplementedError
+
+    def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Any:
+        """Check what the parameter table cannot check, and lay out the prompt.
+
+        Raises:
+            InvalidRequest: the request cannot be served.
+        """
+        raise NotImplementedError
+
+    async def walk(self, request: Request) -> str | None:
+        """Serve one request; returns its finish reason (`"stop"` if None)."""
+        raise NotImplementedError
+
+    def warmup(self) -> None:
+        """Run or capture whatever the first request would have to wait for. On the engine's
+        thread, before any walk."""

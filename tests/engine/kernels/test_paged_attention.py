@@ -1,0 +1,187 @@
+"""Paged attention, torch and Triton, against a float64 reference that loops over queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import CASES, Case, make_case, reference
+
+from mstar.engine.kernels.paged_attention import (
+    BatchTensors,
+    PagedBatch,
+    paged_attention,
+    paged_attention_triton,
+)
+from mstar.engine.kernels.paged_decode import paged_decode_triton
+
+LONG = Case("long", [(1, 100, True), (1, 7, True), (1, 33, True), (1, 64, True)], page_size=16)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
+    q, k, v, batch, scale = make_case(case, dtype)
+    out = paged_attention(q, k, v, batch, scale)
+    assert out.dtype == dtype
+    assert out.shape == q.shape
+    expected = reference(q, k, v, batch, scale)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_sequence_alone_gives_the_same_bits_as_in_the_batch(case: Case) -> None:
+    q, k, v, batch, scale = make_case(case, torch.float32)
+    together = paged_attention(q, k, v, batch, scale).split(batch.query_lens)
+    for index, part in enumerate(q.split(batch.query_lens)):
+        alone = PagedBatch(
+            [batch.query_lens[index]],
+            [batch.kv_lens[index]],
+            [batch.tables[index]],
+            [batch.causal[index]],
+            batch.page_size,
+        )
+        assert torch.equal(paged_attention(part, k, v, alone, scale), together[index])
+
+
+def test_reads_a_pool_whose_layers_are_interleaved_and_queries_inside_a_wider_row() -> None:
+    q, k, v, batch, scale = make_case(CASES[0], torch.float32)
+    pool = torch.stack([k, v], dim=1)  # pages are 2 * page_size rows apart
+    wide = torch.cat([torch.zeros_like(q), q], dim=1)
+    out = paged_attention(wide[:, q.shape[1] :], pool[:, 0], pool[:, 1], batch, scale)
+    assert torch.equal(out, paged_attention(q, k, v, batch, scale))
+
+
+def test_a_batch_serves_several_layers() -> None:
+    q, k, v, batch, scale = make_case(CASES[0], torch.float32)
+    first = paged_attention(q, k, v, batch, scale)
+    paged_attention(q, v, k, batch, scale)
+    assert torch.equal(paged_attention(q, k, v, batch, scale), first)
+
+
+def test_slots_name_the_place_of_every_new_token() -> None:
+    batch = PagedBatch([2, 0, 1, 3], [5, 4, 1, 7], [[7, 2], [1], [3], [4, 5]], [True] * 4, 4)
+    assert batch.slots.tolist() == [7 * 4 + 3, 2 * 4, 12, 20, 21, 22]
+    assert batch.slots.dtype == torch.int64
+    assert batch.num_tokens == 6
+
+
+def test_an_empty_batch_gives_an_empty_result() -> None:
+    batch = PagedBatch([0], [3], [[0]], [True], 4)
+    pages = torch.zeros(1, 4, 1, 8)
+    assert paged_attention(torch.zeros(0, 2, 8), pages, pages, batch, 1.0).shape == (0, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1], [1, 2], [[0]], [True], 4), "one entry per sequence"),
+        (([3], [2], [[0]], [True], 4), "query_len 3"),
+        (([1], [9], [[0, 1]], [True], 4), "needs 3 pages"),
+    ],
+)
+def test_a_batch_that_contradicts_itself_is_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PagedBatch(*arguments)
+
+
+def test_a_pool_with_another_page_size_is_refused() -> None:
+    batch = PagedBatch([1], [1], [[0]], [True], 8)
+    pages = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match="pages of 4 slots"):
+        paged_attention(torch.zeros(1, 1, 8), pages, pages, batch, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in CASES]
+    + [(CASES[0], torch.bfloat16), (CASES[2], torch.bfloat16), (CASES[7], torch.float16)],
+    ids=lambda value: value.name if isinstance(value, Case) else str(value),
+)
+def test_the_kernels_match_the_reference(
+    case: Case, dtype: torch.dtype, triton_device: str
+) -> None:
+    q, k, v, batch, scale = make_case(case, dtype, triton_device)
+    tensors = batch.tensors_on(q.device)
+    out = paged_attention_triton(q, k, v, tensors, scale)
+    assert out.dtype == dtype
+    expected = reference(q, k, v, batch, scale)
+    torch.testing.assert_close(out.double().cpu(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_the_kernels_read_strided_pools_and_queries(triton_device: str) -> None:
+    q, k, v, batch, scale = make_case(CASES[0], torch.float32, triton_device)
+    pool = torch.stack([k, v], dim=1)
+    wide = torch.cat([torch.zeros_like(q), q], dim=1)
+    tensors = batch.tensors_on(q.device)
+    out = paged_attention_triton(wide[:, q.shape[1] :], pool[:, 0], pool[:, 1], tensors, scale)
+    assert torch.equal(out, paged_attention_triton(q, k, v, tensors, scale))
+
+
+def test_decode_split_over_the_sequence_matches_the_reference(triton_device: str) -> None:
+    q, k, v, batch, scale = make_case(LONG, torch.float32, triton_device)
+    out = paged_decode_triton(q, k, v, batch.tensors_on(q.device), scale, min_chunk=32)
+    torch.testing.assert_close(
+        out.double().cpu(), reference(q, k, v, batch, scale), atol=2e-6, rtol=0
+    )
+
+
+def test_a_sequence_decodes_to_the_same_bits_whatever_else_is_in_the_batch(
+    triton_device: str,
+) -> None:
+    q, k, v, batch, scale = make_case(LONG, torch.float32, triton_device)
+    together = paged_decode_triton(q, k, v, batch.tensors_on(q.device), scale, min_chunk=32)
+    for index, kv_len in enumerate(batch.kv_lens):
+        alone = PagedBatch([1], [kv_len], [batch.tables[index]], [True], batch.page_size)
+        row = q[index : index + 1]
+        out = paged_decode_triton(row, k, v, alone.tensors_on(q.device), scale, min_chunk=32)
+        assert torch.equal(out[0], together[index])
+
+
+def test_padding_rows_of_a_captured_batch_do_not_disturb_the_others(triton_device: str) -> None:
+    q, k, v, batch, scale = make_case(LONG, torch.float32, triton_device)
+    tensors = batch.tensors_on(q.device)
+    padded = BatchTensors(
+        query_start=torch.arange(6, dtype=torch.int32, device=q.device),
+        kv_len=torch.nn.functional.pad(tensors.kv_len, (0, 1), value=1),
+        block_table=torch.nn.functional.pad(tensors.block_table, (0, 9, 0, 1)),
+        causal=torch.nn.functional.pad(tensors.causal, (0, 1), value=1),
+        max_query_len=1,
+        page_size=batch.page_size,
+    )
+    wide = torch.cat([q, q[:1]])
+    out = paged_attention_triton(wide, k, v, padded, scale)
+    assert torch.equal(out[:4], paged_attention_triton(q, k, v, tensors, scale))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_batches_on_a_gpu_match_the_torch_path(dtype: torch.dtype) -> None:
+    sequences = [
+        (1, 1500, True),
+        (300, 300, True),
+        (128, 900, True),
+        (77, 400, False),
+        (1, 20, True),
+    ]
+    case = Case("large", sequences, heads=24, kv_heads=8, head_dim=128, page_size=16)
+    q, k, v, batch, scale = make_case(case, dtype, "cuda")
+    out = paged_attention(q, k, v, batch, scale)
+    wide = [x.cpu().float() for x in (q, k, v)]
+    expected = paged_attention(*wide, batch, scale)
+    torch.testing.assert_close(
+        out.float().cpu(), expected, atol=2e-5 if dtype == torch.float32 else 2e-2, rtol=0
+    )
+
+
+@pytest.mark.gpu
+def test_a_captured_decode_step_serves_other_lengths() -> None:
+    q, k, v, batch, scale = make_case(LONG, torch.bfloat16, "cuda")
+    tensors = batch.tensors_on(q.device)
+    paged_attention(q, k, v, tensors, scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_attention(q, k, v, tensors, scale)
+    tensors.kv_len.copy_(torch.tensor([90, 3, 33, 20], dtype=torch.int32))
+    graph.replay()
+    assert torch.equal(out, paged_attention(q, k, v, tensors, scale))
