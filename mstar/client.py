@@ -74,13 +74,15 @@ class GenerateMethods(ABC):
         images: Any = None,
         audio: Any = None,
         video: Any = None,
-        output_modalities: Sequence[str] = ("text",),
+        output_modalities: Sequence[str] | None = None,
         input_modalities: Sequence[str] | None = None,
         stream: bool = False,
         request_id: str | None = None,
         **model_kwargs: Any,
     ) -> GenerateResult | Iterator[Event]:
         """Run one request: its result, or with `stream=True` an iterator over its events.
+
+        Without `output_modalities` the model makes what it is for: text, if it can.
 
         Raises:
             InvalidRequest: an input or a parameter is not accepted.

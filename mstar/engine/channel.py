@@ -36,8 +36,7 @@ class Channel:
         if self.closed:
             raise RuntimeError("the channel is closed")
         self._items.append(item)
-        if self._readers:
-            self._readers.popleft().resolve(None)
+        _wake(self._readers)
 
     async def put(self, item: Any) -> None:
         """Put an item, waiting while the channel is full."""
@@ -49,9 +48,8 @@ class Channel:
         """No more items: readers see the end, or `error`, once the queue is empty."""
         self.closed = True
         self._error = self._error or error
-        for waiters in (self._readers, self._writers):
-            while waiters:
-                waiters.popleft().resolve(None)
+        _wake(self._readers)
+        _wake(self._writers)
 
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
@@ -60,12 +58,13 @@ class Channel:
         while not self._items:
             if self.closed:
                 raise self._error or StopAsyncIteration
-            await Park(self._readers.append, self._forget_reader)
+            await Park(self._readers.append, self._readers.remove)
         item = self._items.popleft()
-        if self._writers:
-            self._writers.popleft().resolve(None)
+        _wake(self._writers)
         return item
 
-    def _forget_reader(self, waiter: Waiter) -> None:
-        if waiter in self._readers:
-            self._readers.remove(waiter)
+
+def _wake(waiters: deque[Waiter]) -> None:
+    """Let all of them look again: one that is woken alone might end before it looks."""
+    while waiters:
+        waiters.popleft().resolve(None)

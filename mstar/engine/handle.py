@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,8 @@ from mstar.errors import RequestStopped
 from mstar.types import Event, GenerateResult, fold
 
 __all__ = ["Handle"]
+
+log = logging.getLogger("mstar")
 
 
 class Handle:
@@ -105,5 +108,8 @@ class Handle:
 
     def _tell(self) -> None:
         for callback in list(self._listeners):
-            callback()
+            try:
+                callback()
+            except Exception:
+                log.exception("a listener of request %s raised", self.request_id)
 

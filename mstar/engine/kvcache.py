@@ -112,7 +112,9 @@ class KVPool:
         for notify in self.on_release:
             notify()
 
-    def obtain(self, count: int, for_group: KVGroup, busy: set[KVGroup], after: int | None) -> Any:
+    def obtain(
+        self, count: int, for_group: KVGroup, busy: set[KVGroup], after: int | None
+    ) -> list[int]:
         """Allocate pages, preempting other groups if it must be.
 
         Groups in `busy` are part of the batch that is being formed and stay. Of the others, idle
@@ -129,6 +131,10 @@ class KVPool:
             victim.swap_out()
             self.preemptions += 1
         return self.table.allocate(count, after)
+
+    def is_alone(self, group: KVGroup) -> bool:
+        """Whether no other group holds pages, so that waiting for some is in vain."""
+        return not any(g.holds_pages() for g in self.groups if g is not group)
 
     def _victim(self, elder: KVGroup, busy: set[KVGroup]) -> KVGroup | None:
         candidates = [
@@ -155,7 +161,6 @@ class KVGroup:
         self.waiting = 0
         self.caches: dict[KVCache, None] = {}
         self._saved: Tensor | None = None
-        self._saved_count = 0
 
     def add(self, cache: KVCache) -> KVCache:
         """Make `cache` a member."""
@@ -180,10 +185,9 @@ class KVGroup:
 
     def swap_out(self) -> None:
         """Copy all pages to host memory and give them back."""
-        pages = sorted({page for cache in self.caches for page in cache.pages})
+        pages = self._pages()
         place = {page: index for index, page in enumerate(pages)}
-        self._saved = self.pool.tensor[:, :, pages].to("cpu", copy=True)
-        self._saved_count = len(pages)
+        self._saved = self.pool.tensor[:, :, pages].to("cpu")
         for cache in self.caches:
             self.pool.table.release(reversed(cache.pages))
             cache.pages = [place[page] for page in cache.pages]
@@ -196,13 +200,20 @@ class KVGroup:
         """
         if self._saved is None:
             return
-        fresh = self.pool.obtain(self._saved_count, self, busy, None)
-        self.pool.tensor[:, :, fresh] = self._saved.to(self.pool.tensor.device)
+        places = self._pages()
+        fresh = self.pool.obtain(len(places), self, busy, None)
+        self.pool.tensor[:, :, fresh] = self._saved[:, :, places].to(self.pool.tensor.device)
         self._saved = None
+        page_at = dict(zip(places, fresh, strict=True))
         for cache in self.caches:
-            cache.pages = [fresh[index] for index in cache.pages]
+            cache.pages = [page_at[place] for place in cache.pages]
             self.pool.table.retain(cache.pages)
+            for page, digest in zip(cache.pages, cache._digests, strict=False):
+                self.pool.table.publish(page, digest)
         self.pool.table.release(fresh)
+
+    def _pages(self) -> list[int]:
+        return sorted({page for cache in self.caches for page in cache.pages})
 
 
 class KVCache:
@@ -219,8 +230,8 @@ class KVCache:
         self.length = 0
         self.cached_tokens = 0
         self.closed = False
-        self._content: list[int] | None = []
-        self._digests: list[bytes] = []
+        self._content: list[int] = []  # of the first tokens, as far as it is known without a gap
+        self._digests: list[bytes] = []  # of the first pages
 
     def __enter__(self) -> KVCache:
         return self
@@ -247,7 +258,7 @@ class KVCache:
         if not self.group.is_out:
             self.pool.table.retain(other.pages)
         other.length = self.length
-        other._content = None if self._content is None else list(self._content)
+        other._content = list(self._content)
         other._digests = list(self._digests)
         return self.group.add(other)
 
@@ -257,16 +268,14 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"length={length}: the sequence has {self.length} tokens")
         self.length = length
-        if not self.group.is_out:
-            keep = self.pool.pages_for(length)
-            surplus = self.pages[keep:]
-            self.pages = self.pages[:keep]
+        keep = self.pool.pages_for(length)
+        surplus = self.pages[keep:]
+        self.pages = self.pages[:keep]
+        if surplus and not self.group.is_out:
             self.pool.table.release(reversed(surplus))
-            if surplus:
-                self.pool.released()
-        if self._content is not None:
-            del self._content[length:]
-            del self._digests[length // self.pool.page_size :]
+            self.pool.released()
+        del self._content[length:]
+        del self._digests[length // self.pool.page_size :]
 
     def reuse(self, content: Sequence[int]) -> int:
         """Begin an empty sequence with pages that others left, if they hold the same content.
@@ -281,6 +290,7 @@ class KVCache:
         self._check_open()
         if self.length or not self.pool.prefix_cache or self.group.is_out:
             return 0
+        self.truncate(0)  # of pages that were reserved in vain
         size = self.pool.page_size
         digest = b""
         for start in range(0, len(content) - size, size):
@@ -295,18 +305,6 @@ class KVCache:
         self._content = list(content[: self.length])
         return self.length
 
-    def note(self, content: Sequence[int] | None) -> None:
-        """Say what the next tokens in the cache are, so that full pages can be found by others.
-
-        Tokens of unknown content (None) end that for this sequence.
-        """
-        if content is None or not self.pool.prefix_cache:
-            self._content = None
-        if self._content is None:
-            return
-        self._content += content
-        self._publish()
-
     def reserve(self, tokens: int, busy: set[KVGroup]) -> None:
         """Make sure that the next `tokens` can be written: bring the group back, get pages, copy
         the last page if others share it.
@@ -316,21 +314,42 @@ class KVCache:
         """
         self._check_open()
         self.group.swap_in(busy)
-        table, size = self.pool.table, self.pool.page_size
+        size = self.pool.page_size
         first = self.length // size
         if self.length % size and first < len(self.pages):
             self._make_own(first, busy)
-        for index in range(first + bool(self.length % size), len(self.pages)):
-            table.unpublish(self.pages[index])
         missing = self.pool.pages_for(self.length + tokens) - len(self.pages)
         if missing > 0:
             after = self.pages[-1] if self.pages else None
             self.pages += self.pool.obtain(missing, self.group, busy, after)
 
-    def wrote(self, tokens: int) -> None:
-        """The next `tokens` are in the pages now."""
+    def wrote(self, tokens: int, content: Sequence[int] | None = None) -> None:
+        """The next `tokens` are in the pages now.
+
+        Args:
+            content: what they are (see `reuse`), so that others can find full pages. None: unknown,
+                unless `note` says it before the next tokens.
+        """
+        known = len(self._content) == self.length
         self.length += tokens
-        self._publish()
+        if known and content is not None:
+            self.note(content)
+
+    def note(self, content: Sequence[int]) -> None:
+        """Say what the last tokens are. Of no use if there are others of unknown content."""
+        if self.pool.prefix_cache and len(self._content) + len(content) == self.length:
+            self._content += content
+            self.publish()
+
+    def publish(self) -> None:
+        """Let others find the full pages whose content is known."""
+        if self.group.is_out:
+            return
+        content, size = self._content, self.pool.page_size
+        for index in range(len(self._digests), len(content) // size):
+            before = self._digests[-1] if self._digests else b""
+            self._digests.append(_extend_digest(before, content[index * size : (index + 1) * size]))
+            self.pool.table.publish(self.pages[index], self._digests[index])
 
     def _make_own(self, index: int, busy: set[KVGroup]) -> None:
         """Copy on write: before writing into a page that somebody else holds or may find."""
@@ -344,18 +363,6 @@ class KVCache:
         self.pool.tensor[:, :, fresh] = self.pool.tensor[:, :, page]
         self.pages[index] = fresh
         table.release([page])
-
-    def _publish(self) -> None:
-        content, size = self._content, self.pool.page_size
-        if content is None or self.group.is_out:
-            return
-        known = min(len(content), self.length) // size
-        while len(self._digests) < known:
-            index = len(self._digests)
-            before = self._digests[-1] if self._digests else b""
-            digest = _extend_digest(before, content[index * size : (index + 1) * size])
-            self._digests.append(digest)
-            self.pool.table.publish(self.pages[index], digest)
 
     def _check_open(self) -> None:
         if self.closed:

@@ -6,6 +6,7 @@ any number of sequences. `feed` and `generate` are coroutines above that; a walk
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from mstar.engine.paged_context import PagedContext
 from mstar.engine.pages import PagesExhausted
 from mstar.engine.sampling import SamplerState, SamplingParams, sampler_for
 from mstar.engine.traps import Call
-from mstar.errors import OutOfMemory
+from mstar.errors import OutOfMemory, RequestFailed
 from mstar.types import Usage
 
 __all__ = ["DecoderNetwork", "Generation", "LanguageModel", "Span", "Step"]
@@ -57,7 +58,7 @@ class Span:
         keep: whether the span's keys and values stay in the cache.
         sampler: choose a token after the span's last one.
         hidden: return the span's hidden states.
-        content: what the tokens are, for the prefix cache (see `KVCache.note`).
+        content: what the tokens are, for the prefix cache (see `KVCache.reuse`).
     """
 
     kv: KVCache
@@ -75,7 +76,7 @@ class _Tokens:
     """The tokens that one batch chose. On a GPU they are read without stopping it."""
 
     def __init__(self, chosen: Tensor) -> None:
-        self.on_device = chosen
+        self.on_device = chosen.clamp_min(0) if chosen.is_cuda else chosen
         self._values: list[int] | None = None
         self._event: torch.cuda.Event | None = None
         if chosen.is_cuda:
@@ -105,8 +106,17 @@ class Step:
 
     @property
     def token(self) -> int:
-        """The chosen token. On a GPU this waits until the step has run."""
-        return self.tokens[self.row]
+        """The chosen token. On a GPU this waits until the step has run.
+
+        Raises:
+            RequestFailed: the network's scores allow no token.
+        """
+        if self.tokens is None:
+            raise RuntimeError("no token was chosen: the span had no sampler")
+        token = self.tokens[self.row]
+        if token < 0:
+            raise RequestFailed("no token can be chosen: the scores hold NaN, or none is finite")
+        return token
 
 
 class LanguageModel(Node):
@@ -194,7 +204,12 @@ class LanguageModel(Node):
         self.pool.on_release.append(lambda: self._only and schedule(self))
 
     def enqueue(self, call: Call) -> None:
-        """See `Node.enqueue`."""
+        """See `Node.enqueue`.
+
+        Raises:
+            ValueError: the parts of the span are not of the same length.
+        """
+        _check(call.payload)
         call.payload.kv.group.waiting += 1
         super().enqueue(call)
 
@@ -208,13 +223,16 @@ class LanguageModel(Node):
     def take(self) -> list[Call]:
         """The next batch: eldest sequences first, each with its pages reserved."""
         calls = sorted(self._only, key=lambda call: call.payload.kv.group.age)
-        batch: list[Call] = []
+        batch: dict[KVCache, Call] = {}
+        failed: list[tuple[Call, Exception]] = []
         busy: set[KVGroup] = set()
         room, starved = self.token_budget, False
         for call in calls:
             span: Span = call.payload
             if len(batch) == self.max_batch:
                 break
+            if span.kv in batch:  # one span after the other
+                continue
             if span.count > 1 and span.count > room and room < self.token_budget:
                 continue
             if (starved or self._must_wait(span, busy)) and not self._has_pages(span):
@@ -223,22 +241,29 @@ class LanguageModel(Node):
             try:
                 span.kv.reserve(span.count, busy)
             except PagesExhausted as error:
-                if not busy:
-                    self._refuse(call, error)
+                if not busy and self.pool.is_alone(span.kv.group):
+                    failed.append((call, self._never_fits(span, error)))
                 starved = True
                 continue
             except Exception as error:
-                self._drop(call).reject(error)
+                failed.append((call, error))
                 continue
             busy.add(span.kv.group)
-            batch.append(call)
+            batch[span.kv] = call
             if span.count > 1:
                 room -= span.count
-        taken = set(batch)
-        self._only = type(self._only)(c for c in self._only if c not in taken)
-        for call in batch:
+        gone = {*batch.values(), *(call for call, _ in failed)}
+        kept = [call for call in self._only if call not in gone]
+        self._only.clear()
+        self._only.extend(kept)
+        for call in gone:
             call.payload.kv.group.waiting -= 1
-        return batch
+        for call, error in failed:
+            waiter, call.waiter = call.waiter, None
+            if waiter is not None:
+                waiter.reject(error)
+        # A failure may have ended its request, and with it other calls.
+        return [call for call in batch.values() if call.waiter is not None]
 
     def warmup(self) -> None:
         """Capture what is captured. Afterwards decode steps up to `max_batch` only replay."""
@@ -264,20 +289,11 @@ class LanguageModel(Node):
         needed = self.pool.pages_for(kv.length + span.count)
         return self.pool.table.available < needed + len(busy)
 
-    def _drop(self, call: Call) -> Any:
-        self._only.remove(call)
-        call.payload.kv.group.waiting -= 1
-        waiter, call.waiter = call.waiter, None
-        return waiter
-
-    def _refuse(self, call: Call, error: Exception) -> None:
-        """Nobody else is left to make room, so the sequence can never fit."""
-        kv = call.payload.kv
-        self._drop(call).reject(
-            OutOfMemory(
-                f"the KV cache of {self.name} holds {self.pool.capacity} tokens, too few for a "
-                f"sequence of {kv.length + call.payload.count} (with its forks): {error}"
-            )
+    def _never_fits(self, span: Span, error: PagesExhausted) -> OutOfMemory:
+        """Nobody else is left to make room."""
+        return OutOfMemory(
+            f"the KV cache of {self.name} holds {self.pool.capacity} tokens, too few for a "
+            f"sequence of {span.kv.length + span.count} (with its forks): {error}"
         )
 
     def _run(self, spans: list[Span]) -> list[Step]:
@@ -294,10 +310,9 @@ class LanguageModel(Node):
             states = hidden[start : start + span.count] if span.hidden else None
             start += span.count
             if span.keep:
-                if span.content is not None or not isinstance(span.inputs, Step):
-                    span.kv.note(span.content)
-                span.kv.wrote(span.count)
-            steps.append(Step(tokens, place.get(index, -1), states))
+                span.kv.wrote(span.count, span.content)
+            steps.append(Step(tokens if index in place else None, place.get(index, 0), states))
+        self.pool.released()  # the sequences are idle now: calls of another node may want pages
         return steps
 
     def _forward(
@@ -312,7 +327,8 @@ class LanguageModel(Node):
         positions: list[int] = []
         for span in spans:
             begin = span.kv.length
-            positions += span.positions or range(begin, begin + span.count)
+            here = range(begin, begin + span.count)
+            positions += here if span.positions is None else span.positions
         inputs = self._inputs(spans)
         batch = PagedBatch(
             counts, kv_lens, tables, [span.causal for span in spans], self.pool.page_size
@@ -417,12 +433,31 @@ class Generation:
                     return
                 if ahead is not None:
                     kv.note((token,))
-                yield token
+                try:
+                    yield token
+                except GeneratorExit:  # nobody wants more, so the token stays out of the cache
+                    if ahead is not None and not kv.closed:
+                        kv.truncate(kv.length - 1)
+                    raise
                 if more:
                     step = ahead or await lm(Span(kv, step, 1, sampler=sampler, content=(token,)))
             self.finish_reason = "length"
         finally:
             lm.sampler.close(sampler)
+
+
+def _check(span: Span) -> None:
+    """Refuse a span that would shift the tokens of others in its batch."""
+    if isinstance(span.inputs, Step):
+        count = int(span.inputs.tokens is not None)
+    else:
+        count = len(span.inputs)
+    if not 0 < count == span.count:
+        raise ValueError(f"a span of {span.count} tokens needs as many inputs and got {count}")
+    if span.positions is not None and len(span.positions) != count:
+        raise ValueError(f"{len(span.positions)} positions for a span of {count} tokens")
+    if span.content is not None and len(array("q", span.content)) != count:
+        raise ValueError(f"content of {len(span.content)} for a span of {count} tokens")
 
 
 def _is_embedding(inputs: object) -> bool:

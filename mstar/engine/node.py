@@ -19,8 +19,8 @@ class Node:
         run: takes the payloads of a batch, returns one result for each, in order.
         key: calls share a batch only if this function of their payloads is equal (shapes, say).
         max_batch: most calls in a batch.
-        cost: size of one payload (tokens, frames, ...), and
-        max_cost: the most that the sizes in one batch may add up to. One call always fits.
+        cost: size of one payload (tokens, frames, ...); an error in it or in `key` is the caller's.
+        max_cost: the most that the sizes in one batch may add up to; one call always fits.
         beside: run batches in a thread of their own, so that other nodes need not wait for them.
     """
 
@@ -64,11 +64,14 @@ class Node:
 
     @property
     def waiting(self) -> int:
-        """Calls not yet taken into a batch."""
-        return sum(c.waiter is not None for queue in self._queues.values() for c in queue)
+        """Calls not yet taken into a batch. May be asked from any thread."""
+        queues = list(self._queues.values())
+        return sum(call.waiter is not None for queue in queues for call in list(queue))
 
     def enqueue(self, call: Call) -> None:
         """Add a call to those that wait."""
+        if self.cost is not None:
+            call.size = self.cost(call.payload)
         if self.key is None:
             self._only.append(call)
             return
@@ -85,18 +88,20 @@ class Node:
 
     def take(self) -> list[Call]:
         """Remove and return the next batch, oldest calls first; empty if none can run now."""
-        queue = self._only if self.key is None else self._oldest_queue()
         batch: list[Call] = []
-        room = self.max_cost
-        while queue and len(batch) < self.max_batch:
-            call = queue[0]
-            if call.waiter is not None:
-                if room is not None:
-                    room -= self.cost(call.payload)
-                    if room < 0 and batch:
-                        break
-                batch.append(call)
-            queue.popleft()
+        while queue := self._only if self.key is None else self._oldest_queue():
+            room = self.max_cost
+            while queue and len(batch) < self.max_batch:
+                call = queue[0]
+                if call.waiter is not None:
+                    if room is not None:
+                        room -= call.size
+                        if room < 0 and batch:
+                            break
+                    batch.append(call)
+                queue.popleft()
+            if batch:
+                break
         return batch
 
     def has_calls(self) -> bool:

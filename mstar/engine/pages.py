@@ -73,7 +73,7 @@ class PageTable:
         while self._num_free < count:
             self._evict()
         pages: list[int] = []
-        page = self._start_of_run(count) if after is None else after + 1
+        page = self.count if after is None else after + 1
         while len(pages) < count:
             if page >= self.count or not self._free[page]:
                 page = self._start_of_run(count - len(pages))

@@ -104,11 +104,17 @@ class Request:
         if line is None:
             line = self._lines[modality] = _Line(self)
         place = _Place(line, make)
+        if not inspect.isawaitable(value):
+            place.event = make(value)
+            line.places.append(place)
+            line.flush()
+            return
         line.places.append(place)
-        if isinstance(value, Trap) or inspect.iscoroutine(value):
+        try:
             place.begun = start(self._runtime, value, place)
-        else:
-            place.resolve(value)
+        except BaseException:
+            line.places.remove(place)
+            raise
 
     @property
     def is_over(self) -> bool:
@@ -222,8 +228,11 @@ class _Place:
         self.begun: Trap | Task | None = None
 
     def resolve(self, value: Any) -> None:
-        self.event = self.make(value)
-        self.line.flush()
+        try:
+            self.event = self.make(value)
+            self.line.flush()
+        except Exception as error:
+            self.line.request.stop(error)
 
     def reject(self, error: BaseException) -> None:
         self.line.request.stop(error)

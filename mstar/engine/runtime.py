@@ -39,6 +39,7 @@ class Task:
         "done",
         "error",
         "observers",
+        "owner",
         "parent",
         "ready",
         "result",
@@ -47,8 +48,11 @@ class Task:
         "waiting",
     )
 
-    def __init__(self, runtime: Runtime, coroutine: Coroutine[Any, Any, Any]) -> None:
+    def __init__(
+        self, runtime: Runtime, coroutine: Coroutine[Any, Any, Any], owner: Waiter | None
+    ) -> None:
         self.runtime = runtime
+        self.owner = owner
         self.ready = runtime.ready
         self.coroutine = coroutine
         self.send = coroutine.send
@@ -71,24 +75,35 @@ class Task:
         self.ready.append((self, None, error))
 
     def interrupt(self, error: BaseException) -> None:
-        """Raise `error` where the task is suspended, whatever it waits for."""
-        if not self.done:
-            if self.waiting is not None:
-                self.waiting.withdraw()
+        """Raise `error` where the task is suspended, whatever it waits for.
+
+        If it is about to be resumed, that is with the error; an earlier error stays.
+        """
+        if self.done:
+            return
+        if self.waiting is not None:
+            self.waiting.withdraw()
             self.reject(error)
+            return
+        for index, (task, _, earlier) in enumerate(self.ready):
+            if task is self and earlier is None:
+                self.ready[index] = (self, None, error)
 
     def withdraw(self) -> None:
-        """End the task and its children now. Nobody is told."""
+        """End the task and its children now. The owner is told nothing; tasks that await this one
+        get an error."""
         if self.done:
             return
         self.done = True
-        self.observers.clear()
+        self.error = RuntimeError("the task was ended before it was done")
         if self.waiting is not None:
             self.waiting.withdraw()
             self.waiting = None
         self.end_children()
-        if self.parent is not None and self.parent.children is not None:
+        if self.parent is not None:
             self.parent.children.discard(self)
+        while self.observers:
+            self.observers.pop().reject(self.error)
         try:
             self.coroutine.close()
         except Exception:
@@ -176,10 +191,9 @@ class Runtime:
         parent: Task | None = None,
         waiter: Waiter | None = None,
     ) -> Task:
-        """Start a task. `waiter` hears of its end; without one, errors go to `parent`."""
-        task = Task(self, coroutine)
-        if waiter is not None:
-            task.observers.append(waiter)
+        """Start a task. Its owner, `waiter`, hears of its end; without one, errors that nobody
+        awaits go to `parent`."""
+        task = Task(self, coroutine, waiter)
         if parent is not None:
             task.parent = parent
             if parent.children is None:
@@ -206,7 +220,7 @@ class Runtime:
         try:
             while not self._stopping:
                 self.turn()
-                if not (self._due or self.ready or self._inbox):
+                if not (self._due or self.ready or self._inbox or self._stopping):
                     self._sleep()
         finally:
             if self._lane is not None:
@@ -253,9 +267,6 @@ class Runtime:
             if task.done:
                 continue
             self.current = task
-            if error is not None and task.waiting is not None:  # interrupted on its way back
-                task.waiting.withdraw()
-                task.waiting = None
             try:
                 trap = task.send(value) if error is None else task.coroutine.throw(error)
             except StopIteration as end:
@@ -267,6 +278,9 @@ class Runtime:
                 try:
                     trap.begin(self, task)
                 except BaseException as failure:
+                    if not isinstance(trap, Trap):
+                        what = f"a walk cannot await {trap!r}: it is not of this runtime"
+                        failure = TypeError(what)
                     task.reject(failure)
         self.current = None
 
@@ -275,17 +289,22 @@ class Runtime:
         task.result, task.error = result, error
         task.end_children()
         parent = task.parent
-        if parent is not None and parent.children is not None:
+        if parent is not None:
             parent.children.discard(task)
-        if task.observers:
-            for waiter in task.observers:
-                if error is None:
-                    waiter.resolve(result)
-                else:
-                    waiter.reject(error)
-            task.observers.clear()
-        elif error is not None and parent is not None:
+        waiters, task.observers = task.observers, []
+        if task.owner is not None:
+            waiters.insert(0, task.owner)
+        for waiter in waiters:
+            if error is None:
+                waiter.resolve(result)
+            else:
+                waiter.reject(error)
+        if error is None or waiters:
+            return
+        if parent is not None:
             parent.interrupt(error)
+        else:
+            log.error("a walk failed that nobody waits for", exc_info=error)
 
     def _run_node(self, node: Node) -> None:
         node.scheduled = False

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.kernels.sample import bias, penalise, sample_batch, sample_row
@@ -98,7 +99,8 @@ class SamplerState:
         bias = {t: b for t, b in params.logit_bias.items() if 0 <= t < vocab_size}
         self.bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
         self.bias = np.fromiter(bias.values(), np.float32, len(bias))
-        self.stop_ids = np.array(sorted(t for t in params.stop_ids if t < vocab_size), np.int64)
+        stops = sorted(t for t in params.stop_ids if 0 <= t < vocab_size)
+        self.stop_ids = np.array(stops, np.int64)
 
     @property
     def may_stop(self) -> bool:
@@ -159,6 +161,8 @@ class Sampler(Protocol):
     def sample(self, logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
         """The next token of every row, int64 `[batch]`, on the device of `logits`.
 
+        It is -1 where none can be chosen: the logits of the row hold NaN, or none is finite.
+
         Args:
             logits: float32 `[batch, vocab]`; it is overwritten.
         """
@@ -206,10 +210,11 @@ class DeviceSampler:
         if params.penalises:
             if not self._free:
                 self._grow()
+            ids = torch.tensor(prompt, dtype=torch.int64, device=self.device)
             state.slot = self._free.pop()
             self._in_output[state.slot] = 0
             self._in_prompt[state.slot] = False
-            self._in_prompt[state.slot, torch.as_tensor(prompt, device=self.device)] = True
+            self._in_prompt[state.slot, ids] = True
         return state
 
     def close(self, state: DeviceState) -> None:
@@ -235,8 +240,8 @@ class DeviceSampler:
     def _grow(self) -> None:
         rows = self._in_prompt.shape[0]
         more = max(8, rows)
-        self._in_prompt = torch.cat([self._in_prompt, self._in_prompt.new_zeros(more, self.vocab_size)])
-        self._in_output = torch.cat([self._in_output, self._in_output.new_zeros(more, self.vocab_size)])
+        self._in_prompt = F.pad(self._in_prompt, (0, 0, 0, more))
+        self._in_output = F.pad(self._in_output, (0, 0, 0, more))
         self._free = list(range(rows + more - 1, rows - 1, -1))
 
 

@@ -23,7 +23,7 @@ _thread = threading.local()
 
 
 class Waiter(Protocol):
-    """Who is told how something ended."""
+    """Who is told how something ended. Neither method may raise."""
 
     def resolve(self, value: Any) -> None: ...
 
@@ -50,13 +50,14 @@ class Trap:
 class Call(Trap):
     """One use of a node: the unit that is batched."""
 
-    __slots__ = ("node", "payload", "sequence", "waiter")
+    __slots__ = ("node", "payload", "sequence", "size", "waiter")
 
     def __init__(self, node: Node, payload: Any) -> None:
         self.node = node
         self.payload = payload
         self.waiter: Waiter | None = None
         self.sequence = 0
+        self.size = 0
 
     def begin(self, runtime: Runtime, waiter: Waiter) -> None:
         if self.waiter is not None:
@@ -121,13 +122,17 @@ class _Branch:
         self.gather.failed(self.index, error)
 
 
+_NOTHING: Any = object()
+
+
 class _Gather(Trap):
-    __slots__ = ("branches", "pending", "results", "started", "waiter")
+    __slots__ = ("begun", "branches", "pending", "results", "started", "waiter")
 
     def __init__(self, branches: tuple[Awaitable[Any], ...]) -> None:
         self.branches = branches
-        self.started: list[Trap | Task | None] = []
-        self.results: list[Any] = [None] * len(branches)
+        self.begun: dict[int, Trap | Task] = {}  # by index; without those that have ended
+        self.started = 0
+        self.results: list[Any] = [_NOTHING] * len(branches)
         self.pending = len(branches)
         self.waiter: Waiter | None = None
 
@@ -135,29 +140,35 @@ class _Gather(Trap):
         self.waiter = waiter
         if not self.branches:
             waiter.resolve([])
-            return
-        for index, branch in enumerate(self.branches):
-            self.started.append(start(runtime, branch, _Branch(self, index)))
+        try:
+            for index, branch in enumerate(self.branches):
+                self.started = index + 1
+                begun = start(runtime, branch, _Branch(self, index))
+                if self.waiter is None:  # it failed at once
+                    return
+                if self.results[index] is _NOTHING:  # it did not end at once
+                    self.begun[index] = begun
+        except BaseException:
+            self.withdraw()
+            raise
 
     def withdraw(self) -> None:
         self.waiter = None
-        for index, begun in enumerate(self.started):
-            if begun is not None:
-                self.started[index] = None
-                begun.withdraw()
-        for branch in self.branches[len(self.started) :]:
+        while self.begun:
+            self.begun.popitem()[1].withdraw()
+        for branch in self.branches[self.started :]:
             if inspect.iscoroutine(branch):
                 branch.close()
 
     def arrived(self, index: int, value: Any) -> None:
-        self.started[index] = None
+        self.begun.pop(index, None)
         self.results[index] = value
         self.pending -= 1
         if self.pending == 0 and self.waiter is not None:
             self.waiter.resolve(self.results)
 
     def failed(self, index: int, error: BaseException) -> None:
-        self.started[index] = None
+        self.begun.pop(index, None)
         waiter = self.waiter
         if waiter is not None:
             self.withdraw()
@@ -165,7 +176,7 @@ class _Gather(Trap):
 
 
 def gather(*branches: Awaitable[Any]) -> Awaitable[list[Any]]:
-    """Run calls and coroutines together; their results in order.
+    """Run calls, coroutines and tasks together; their results in order.
 
     The first branch that fails ends the others and raises its error in the walk.
     """
@@ -183,6 +194,8 @@ def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
     The child ends at the latest when its parent does; an error in it that nobody awaits is raised
     in the parent.
     """
+    if not inspect.iscoroutine(coroutine):
+        raise TypeError(f"spawn() takes a coroutine, not a {type(coroutine).__name__}")
     runtime: Runtime | None = getattr(_thread, "runtime", None)
     if runtime is None or runtime.current is None:
         coroutine.close()
@@ -191,13 +204,19 @@ def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
 
 
 def start(runtime: Runtime, awaitable: Awaitable[Any], waiter: Waiter) -> Trap | Task:
-    """Begin a trap or a coroutine; the returned object's `withdraw()` ends it."""
+    """Begin anything that can be awaited; the returned object's `withdraw()` ends it."""
     if isinstance(awaitable, Trap):
         awaitable.begin(runtime, waiter)
         return awaitable
     if inspect.iscoroutine(awaitable):
         return runtime.spawn(awaitable, waiter=waiter)
+    if inspect.isawaitable(awaitable):
+        return runtime.spawn(_result_of(awaitable), waiter=waiter)
     raise TypeError(f"cannot wait for a {type(awaitable).__name__}: not a call or coroutine")
+
+
+async def _result_of(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
 def bind_thread(runtime: Runtime | None) -> None:

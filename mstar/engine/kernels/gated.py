@@ -68,4 +68,5 @@ def _gated_kernel(
         # Hendrycks & Gimpel 2016, section 2: 0.5 x (1 + tanh(z)), and 1 + tanh(z) = 2 sigmoid(2z).
         z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         active = x * tl.sigmoid(2.0 * z)
-    tl.store(out + row * width + column, active.to(gate.dtype) * up, mask=mask)
+    product = active.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
+    tl.store(out + row * width + column, product.to(gate.dtype), mask=mask)

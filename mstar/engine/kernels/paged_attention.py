@@ -4,9 +4,9 @@ A page pool holds keys and values as ``[pages, page_size, kv_heads, head_dim]``;
 list of page numbers, its block table (vLLM, Kwon et al. 2023, section 4.1). `PagedBatch` describes
 one step's batch once, on the host, and every layer reuses it.
 
-On CPU each sequence is one fused ``scaled_dot_product_attention`` call over a *view* of the pool
-(a gathered copy where its pages are not consecutive), so its result does not depend on what else is
-in the batch. On CUDA the two Triton kernels in `paged_decode` and `paged_extend` run.
+On CPU each sequence is computed by itself over a *view* of the pool (a gathered copy where its
+pages are not consecutive), so its result does not depend on what else is in the batch. On CUDA the
+two Triton kernels in `paged_decode` and `paged_extend` run.
 """
 
 from __future__ import annotations
@@ -256,48 +256,56 @@ def paged_attention_triton(
 def paged_attention_torch(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: PagedBatch, scale: float
 ) -> Tensor:
-    """`paged_attention` in plain torch, one fused call per sequence (the CPU path).
-
-    A decode step treats the query heads of one kv head as its queries, so keys are never expanded.
-    """
-    tokens, heads, dim = q.shape
-    kv_heads = k_pages.shape[2]
-    k_views, v_views = _Views(k_pages, batch, "k"), _Views(v_pages, batch, "v")
-    attend = F.scaled_dot_product_attention
-    outputs = []
-    if not batch._spans:
+    """`paged_attention` in plain torch, sequence by sequence (the CPU path)."""
+    spans = batch._spans
+    if not spans:
         return torch.empty_like(q)
+    keys, values = _Views(k_pages, batch, "k"), _Views(v_pages, batch, "v")
     if batch.all_decode:
-        grouped = q.view(tokens, 1, kv_heads, heads // kv_heads, dim).unbind(0)
-        for row, span in zip(grouped, batch._spans, strict=True):
-            outputs.append(attend(row, k_views.of(span), v_views.of(span), scale=scale))
-        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return joined.reshape(tokens, heads, dim)
-    rows = q.split([span.query_len for span in batch._spans])
-    for row, span in zip(rows, batch._spans, strict=True):
-        keys, values = k_views.of(span), v_views.of(span)
-        if span.query_len == 1:  # the same call as in a pure decode batch, hence the same bits
-            row = row.view(1, kv_heads, heads // kv_heads, dim)
-            out = attend(row, keys, values, scale=scale).reshape(1, heads, dim)
-        else:
-            mask = batch.mask(span, q.dtype, q.device) if span.masked else None
-            row = row.transpose(0, 1).unsqueeze(0)
-            out = attend(
-                row,
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=span.is_causal,
-                scale=scale,
-                enable_gqa=heads != kv_heads,
-            )
-            out = out[0].transpose(0, 1)
-        outputs.append(out)
+        return _decode(q, spans, keys, values, scale)
+    outputs = []
+    for rows, span in zip(q.split([span.query_len for span in spans]), spans, strict=True):
+        if span.query_len == 1:
+            outputs.append(_decode(rows, [span], keys, values, scale))
+            continue
+        out = F.scaled_dot_product_attention(
+            rows.transpose(0, 1).unsqueeze(0),
+            keys.of(span).unsqueeze(0),
+            values.of(span).unsqueeze(0),
+            attn_mask=batch.mask(span, q.dtype, q.device) if span.masked else None,
+            is_causal=span.is_causal,
+            scale=scale,
+            enable_gqa=keys.heads != q.shape[1],
+        )
+        outputs.append(out[0].transpose(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def _decode(
+    q: Tensor, spans: Sequence[_Span], keys: _Views, values: _Views, scale: float
+) -> Tensor:
+    """One new token per span: ``[T, heads, dim]`` to ``[T, heads, dim]``.
+
+    The query heads of one kv head are the rows of one product, so keys are never expanded. In
+    float32 three plain products beat the fused call by 2 us or more; 16-bit products are slow.
+    """
+    tokens, heads, dim = q.shape
+    shape = (keys.heads, heads // keys.heads, dim)
+    outputs = []
+    if q.dtype == torch.float32:
+        for row, span in zip((q * scale).view(tokens, *shape).unbind(0), spans, strict=True):
+            weights = torch.softmax(torch.bmm(row, keys.of(span, transposed=True)), dim=-1)
+            outputs.append(torch.bmm(weights, values.of(span)))
+    else:
+        for row, span in zip(q.view(tokens, 1, *shape).unbind(0), spans, strict=True):
+            key, value = keys.of(span).unsqueeze(0), values.of(span).unsqueeze(0)
+            outputs.append(F.scaled_dot_product_attention(row, key, value, scale=scale))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined.reshape(tokens, heads, dim)
+
+
 class _Views:
-    """Keys (or values) of single sequences as ``[1, kv_heads, kv_len, head_dim]`` views."""
+    """Keys (or values) of single sequences as views of the pool or of the gathered pages."""
 
     def __init__(self, pages: Tensor, batch: PagedBatch, name: str) -> None:
         _, size, self.heads, self.dim = pages.shape
@@ -305,18 +313,19 @@ class _Views:
             raise ValueError(f"the pool has pages of {size} slots, the batch of {batch.page_size}")
         if pages.stride(0) != size * pages.stride(1):
             pages = pages.contiguous()  # slots of neighbouring pages must be evenly spaced
-        self.pool = pages
-        self.base = pages.storage_offset()
-        _, self.row, *inner = pages.stride()
-        self.strides = (0, inner[0], self.row, inner[1])
-        self.gathered = batch.gather(pages, name)
-        self.gathered_row = self.heads * self.dim
-        self.gathered_strides = (0, self.dim, self.gathered_row, 1)
+        self.pool = (pages, pages.storage_offset(), *pages.stride()[1:])
+        gathered = batch.gather(pages, name)
+        self.gathered = (gathered, 0, self.heads * self.dim, self.dim, 1)
 
-    def of(self, span: _Span) -> Tensor:
-        """The view for one sequence: one `as_strided`, which costs 1 us where slicing costs 2.5."""
-        size = (1, self.heads, span.kv_len, self.dim)
-        if span.gathered:
-            start = span.start * self.gathered_row
-            return self.gathered.as_strided(size, self.gathered_strides, start)
-        return self.pool.as_strided(size, self.strides, self.base + span.start * self.row)
+    def of(self, span: _Span, transposed: bool = False) -> Tensor:
+        """``[kv_heads, kv_len, head_dim]``, or ``[kv_heads, head_dim, kv_len]`` if transposed.
+
+        One `as_strided` costs 1 us where slicing costs 2.5.
+        """
+        source, base, row, head, element = self.gathered if span.gathered else self.pool
+        start = base + span.start * row
+        if transposed:
+            return source.as_strided(
+                (self.heads, self.dim, span.kv_len), (head, element, row), start
+            )
+        return source.as_strided((self.heads, span.kv_len, self.dim), (head, row, element), start)

@@ -56,6 +56,7 @@ def paged_decode_triton(
     if splits > 1:
         partial = torch.empty(*log_sums.shape, dim, dtype=torch.float32, device=q.device)
     block_d = max(16, next_power_of_2(dim))
+    wide = block_d * q.element_size() > 256  # bytes per row; smaller tiles, more registers
     _decode_kernel[(sequences, kv_heads, splits)](
         q,
         k_pages,
@@ -79,9 +80,9 @@ def paged_decode_triton(
         LIMIT=limit,
         MIN_CHUNK=min_chunk,
         BLOCK_G=max(16, next_power_of_2(heads // kv_heads)),
-        BLOCK_N=64 if block_d * q.element_size() <= 256 else 32,
+        BLOCK_N=32 if wide else 64,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=8 if wide else 4,
         num_stages=2,
     )
     if splits > 1:
@@ -165,15 +166,15 @@ def _decode_kernel(
         page = tl.load(entry, mask=valid, other=0).to(tl.int64)
         offset = position % PAGE_SIZE
         kv_mask = valid[:, None] & inside[None, :]
-        source = k_pages + page * k_page_stride + offset * k_slot_stride + kv_head * k_head_stride
-        key = tl.load(source[:, None] + column[None, :], mask=kv_mask, other=0.0)
+        k_rows = k_pages + page * k_page_stride + offset * k_slot_stride + kv_head * k_head_stride
+        key = tl.load(k_rows[:, None] + column[None, :], mask=kv_mask, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         score = tl.where(valid[None, :], score, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, axis=1))
         weight = tl.exp2(score - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
-        source = v_pages + page * v_page_stride + offset * v_slot_stride + kv_head * v_head_stride
-        value = tl.load(source[:, None] + column[None, :], mask=kv_mask, other=0.0)
+        v_rows = v_pages + page * v_page_stride + offset * v_slot_stride + kv_head * v_head_stride
+        value = tl.load(v_rows[:, None] + column[None, :], mask=kv_mask, other=0.0)
         total = total * fade + tl.sum(weight, axis=1)
         acc = acc * fade[:, None]
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")

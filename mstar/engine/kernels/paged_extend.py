@@ -40,6 +40,7 @@ def paged_extend_triton(
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     block_m = 64
     block_d = max(16, next_power_of_2(dim))
+    wide = block_d * q.element_size() > 256  # bytes per row; smaller tiles, more registers
     blocks = triton.cdiv(batch.max_query_len * group, block_m)
     sequences = len(batch.kv_len)
     if not blocks or not sequences:
@@ -63,9 +64,9 @@ def paged_extend_triton(
         DIM=dim,
         PAGE_SIZE=page_size,
         BLOCK_M=block_m,
-        BLOCK_N=64 if block_d * q.element_size() <= 256 else 32,
+        BLOCK_N=32 if wide else 64,
         BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=8 if wide else 4,
         num_stages=2,
     )
     return out
@@ -137,16 +138,16 @@ def _extend_kernel(
         page = tl.load(entry, mask=valid, other=0).to(tl.int64)
         offset = position % PAGE_SIZE
         kv_mask = valid[:, None] & inside[None, :]
-        source = k_pages + page * k_page_stride + offset * k_slot_stride + kv_head * k_head_stride
-        key = tl.load(source[:, None] + column[None, :], mask=kv_mask, other=0.0)
+        k_rows = k_pages + page * k_page_stride + offset * k_slot_stride + kv_head * k_head_stride
+        key = tl.load(k_rows[:, None] + column[None, :], mask=kv_mask, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
         visible = valid[None, :] & (position[None, :] < seen[:, None])
         score = tl.where(visible, score, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(score, axis=1))
         weight = tl.exp2(score - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
-        source = v_pages + page * v_page_stride + offset * v_slot_stride + kv_head * v_head_stride
-        value = tl.load(source[:, None] + column[None, :], mask=kv_mask, other=0.0)
+        v_rows = v_pages + page * v_page_stride + offset * v_slot_stride + kv_head * v_head_stride
+        value = tl.load(v_rows[:, None] + column[None, :], mask=kv_mask, other=0.0)
         total = total * fade + tl.sum(weight, axis=1)
         acc = acc * fade[:, None]
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")

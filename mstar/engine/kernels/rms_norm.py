@@ -117,4 +117,5 @@ def _rms_norm_kernel(
     mean_square = tl.sum(wide * wide, axis=1) / HIDDEN
     normed = (wide * tl.rsqrt(mean_square + eps)[:, None]).to(value.dtype)
     scale = tl.load(weight + column, mask=column < HIDDEN, other=0.0)
-    tl.store(out + row * HIDDEN + column, normed * scale, mask=mask)
+    product = normed.to(tl.float32) * scale.to(tl.float32)
+    tl.store(out + row * HIDDEN + column, product.to(value.dtype), mask=mask)

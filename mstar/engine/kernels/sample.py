@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 __all__ = ["bias", "penalise", "sample_batch", "sample_row"]
 
-# exp(-28) is below float32's resolution even when a whole vocabulary is that unlikely at once.
-_NEGLIGIBLE = 40.0
-_SORTABLE = 4096
-_BUCKETS = 2048
+# How far below the top logit, in units of temperature, to look for the nucleus first.
+_DEPTHS = (6.0, 14.0)
+_SORTABLE = 2048
+_BUCKETS = 4096
 
 
 def sample_row(logits: np.ndarray, state: HostState) -> int:
@@ -34,48 +34,60 @@ def sample_row(logits: np.ndarray, state: HostState) -> int:
     _penalise_row(logits, state)
     if params.temperature == 0.0:
         return int(logits.argmax())
-    top = float(logits.max())
-    ids = np.flatnonzero(logits > top - _NEGLIGIBLE * params.temperature)
-    weights = np.exp((logits[ids].astype(np.float64) - top) / params.temperature)
-    if len(ids) > 1:
-        kept = _kept(weights, params.top_k, params.top_p, params.min_p)
-        ids, weights = ids[kept], weights[kept]
-    sums = np.cumsum(weights)
+    depth = logits
+    np.subtract(logits.max(), logits, out=depth)
+    depth *= np.float32(1.0 / params.temperature)
+    weights = np.exp(-depth)
+    ids = None
+    if 0 < params.top_k < len(weights):
+        ids = np.sort(np.argpartition(depth, params.top_k - 1)[: params.top_k])
+    if params.top_p < 1.0:
+        ids = _nucleus(depth, weights, params.top_p, ids)
+    if ids is not None:
+        weights = weights[ids]
+    if params.min_p > 0.0:
+        weights = np.where(weights >= np.float32(params.min_p), weights, 0)  # the top one is 1
+    sums = np.cumsum(weights, dtype=np.float64)
     place = np.searchsorted(sums, state.next_uniform() * sums[-1], side="right")
-    return int(ids[min(place, len(ids) - 1)])
+    place = min(int(place), len(weights) - 1)
+    return int(place if ids is None else ids[place])
 
 
-def _kept(weights: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Indices, ascending, of the tokens that top-k, top-p and min-p leave."""
-    kept = np.arange(len(weights))
-    if 0 < top_k < len(kept):
-        kept = np.sort(np.argpartition(-weights, top_k - 1)[:top_k])
-    if top_p < 1.0:
-        kept = kept[_nucleus(weights[kept], top_p)]
-    if min_p > 0.0:
-        kept = kept[weights[kept] >= min_p * weights[kept].max()]
-    return kept
+def _nucleus(
+    depth: np.ndarray, weights: np.ndarray, top_p: float, among: np.ndarray | None
+) -> np.ndarray:
+    """Ids, ascending, of the fewest largest weights that reach `top_p` of the sum.
+
+    Args:
+        depth: float32 `[vocab]`, distance to the top logit in units of temperature.
+        weights: float32 `[vocab]`, `exp(-depth)`.
+        among: only these ids count; all if None.
+    """
+    if among is not None:
+        goal = top_p * float(weights[among].sum(dtype=np.float64))
+        return _fewest(among, depth, weights, goal)
+    goal = top_p * float(weights.sum(dtype=np.float64))
+    for limit in _DEPTHS:
+        ids = np.flatnonzero(depth < limit)
+        if float(weights[ids].sum(dtype=np.float64)) >= goal:
+            return _fewest(ids, depth, weights, goal)
+    return _fewest(np.arange(len(weights)), depth, weights, goal)
 
 
-def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, ascending, of the fewest largest weights that reach `top_p` of the sum."""
-    goal = top_p * weights.sum()
-    certain = np.empty(0, dtype=np.int64)
-    rest = np.arange(len(weights))
-    reached = 0.0
-    if len(weights) > _SORTABLE:
-        # Only the bucket in which the goal is reached has to be sorted.
-        with np.errstate(divide="ignore"):
-            depth = -np.log(weights)
-        scale = (_BUCKETS - 1) / max(float(depth[np.isfinite(depth)].max()), 1e-12)
-        bucket = np.minimum(depth * scale, _BUCKETS - 1).astype(np.int64)
-        mass = np.cumsum(np.bincount(bucket, weights, _BUCKETS))
+def _fewest(ids: np.ndarray, depth: np.ndarray, weights: np.ndarray, goal: float) -> np.ndarray:
+    """Those of `ids`, ascending, with the largest weights, as many as it takes to reach `goal`."""
+    certain, reached = ids[:0], 0.0
+    if len(ids) > _SORTABLE:
+        # Only the bucket of depths in which the goal is reached has to be sorted.
+        deep = depth[ids]
+        scale = np.float32((_BUCKETS - 1) / max(float(min(deep.max(), 60.0)), 1e-6))
+        bucket = np.minimum(deep * scale, _BUCKETS - 1).astype(np.int32)
+        mass = np.cumsum(np.bincount(bucket, weights[ids], _BUCKETS))
         edge = int(np.searchsorted(mass, goal))
-        certain = np.flatnonzero(bucket < edge)
-        rest = np.flatnonzero(bucket == edge)
+        certain, ids = ids[bucket < edge], ids[bucket == edge]
         reached = float(mass[edge - 1]) if edge else 0.0
-    order = rest[np.argsort(-weights[rest], kind="stable")]
-    before = reached + np.cumsum(weights[order]) - weights[order]
+    order = ids[np.argsort(depth[ids], kind="stable")]
+    before = reached + np.cumsum(weights[order], dtype=np.float64) - weights[order]
     count = max(int(np.searchsorted(before, goal)), 0 if len(certain) else 1)
     return np.sort(np.concatenate([certain, order[:count]]))
 

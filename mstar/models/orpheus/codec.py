@@ -24,20 +24,24 @@ class CodecJob:
     Args:
         codes: one int64 tensor per codebook, `[frames * stride]`.
         noise: one float32 tensor `[1, 1, samples]` per block, or None for no noise.
-        start, end: samples of the window that are heard.
+        keep: frames of the window that are heard, `[first, last)`.
         fade_in, fade_out: ramp the first or last few milliseconds, where utterances are joined.
     """
 
     codes: tuple[Tensor, ...]
     noise: list[Tensor] | None
-    start: int
-    end: int
+    keep: tuple[int, int]
     fade_in: bool = False
     fade_out: bool = False
 
     @property
-    def frames(self) -> int:
-        """Length of the window."""
+    def shape(self) -> tuple[int, tuple[int, int], bool]:
+        """What jobs of one batch have in common."""
+        return len(self.codes[0]), self.keep, self.noise is None
+
+    @property
+    def cost(self) -> int:
+        """Frames to decode."""
         return len(self.codes[0])
 
 
@@ -53,14 +57,11 @@ def codec_runner(
         if jobs[0].noise is not None:
             blocks = zip(*(job.noise for job in jobs), strict=True)
             noise = [torch.cat(block).to(device) for block in blocks]
-        waves = snac(codes, noise).cpu().numpy()
-        return [_cut(wave, job) for wave, job in zip(waves, jobs, strict=True)]
+        waves = snac(codes, noise, keep=jobs[0].keep).cpu().numpy()
+        return [finish(wave, job) for wave, job in zip(waves, jobs, strict=True)]
 
-    def _cut(wave: np.ndarray, job: CodecJob) -> np.ndarray:
-        heard = wave[job.start : job.end]
+    def finish(heard: np.ndarray, job: CodecJob) -> np.ndarray:
         size = min(len(ramp), len(heard))
-        if job.fade_in or job.fade_out:
-            heard = heard.copy()
         if job.fade_in:
             heard[:size] *= ramp[:size]
         if job.fade_out:

@@ -66,9 +66,9 @@ class Orpheus(Model):
         self.snac = Node(
             "snac",
             codec_runner(snac, lm.device),
-            key=lambda job: (job.frames, job.noise is None),
+            key=lambda job: job.shape,
             max_batch=lm.max_batch,
-            cost=lambda job: job.frames,
+            cost=lambda job: job.cost,
             max_cost=512,
             beside=True,
         )
@@ -206,16 +206,14 @@ class _Speech:
             self.send(self.model.snac(self._job(window, ended)))
 
     def _job(self, window: Window, ended: bool) -> CodecJob:
-        codec = self.model.codec
-        size = codec.frame_samples
         noise = None
         if self.noisy:
-            noise = window_noise(self.seed, window.low, window.high, codec.noise_lengths(1))
+            lengths = self.model.codec.noise_lengths(1)
+            noise = window_noise(self.seed, window.low, window.high, lengths)
         return CodecJob(
             self.frames.codes(window.low, window.high),
             noise,
-            (window.start - window.low) * size,
-            (window.end - window.low) * size,
+            (window.start - window.low, window.end - window.low),
             fade_in=self.joined_before and window.start == 0,
             fade_out=self.joined_after and ended and window.end == self.frames.count,
         )

@@ -95,12 +95,13 @@ def test_a_pool_with_another_page_size_is_refused() -> None:
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [(case, torch.float32) for case in CASES]
-    + [(CASES[0], torch.bfloat16), (CASES[2], torch.bfloat16), (CASES[7], torch.float16)],
+    + [(case, torch.float16) for case in (CASES[0], CASES[2], CASES[7])],
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
 def test_the_kernels_match_the_reference(
     case: Case, dtype: torch.dtype, triton_device: str
 ) -> None:
+    # bfloat16 is for the GPU tests below: the interpreter multiplies its bits as integers.
     q, k, v, batch, scale = make_case(case, dtype, triton_device)
     tensors = batch.tensors_on(q.device)
     out = paged_attention_triton(q, k, v, tensors, scale)
@@ -140,6 +141,7 @@ def test_a_sequence_decodes_to_the_same_bits_whatever_else_is_in_the_batch(
 
 def test_padding_rows_of_a_captured_batch_do_not_disturb_the_others(triton_device: str) -> None:
     q, k, v, batch, scale = make_case(LONG, torch.float32, triton_device)
+    k[0] = v[0] = 0  # what a padding row reads
     tensors = batch.tensors_on(q.device)
     padded = BatchTensors(
         query_start=torch.arange(6, dtype=torch.int32, device=q.device),

@@ -56,7 +56,8 @@ def test_the_kernel_matches_torch(
     )
     normed, total = rms_norm_triton(x, weight, 1e-5, residual)
     expected, expected_total = rms_norm_torch(x, weight, 1e-5, residual)
-    assert torch.equal(total, expected_total)
+    # To the bit on a GPU; the interpreter truncates to bfloat16 where hardware rounds.
+    torch.testing.assert_close(total, expected_total, atol=0, rtol=2**-7 if x.is_cpu else 0)
     torch.testing.assert_close(normed, expected, **tolerance)
 
 
