@@ -1,16 +1,16 @@
 """Every error that mstar raises on purpose.
 
-    MStarError
-    ├── InvalidRequest (ValueError)     a field is wrong: names the field, its value, what is allowed
-    ├── ModelNotFound (LookupError)     no such model in the registry, on disk or on the hub
-    ├── WeightsError                    a checkpoint lacks a tensor, or holds one of another shape
-    ├── EngineOverloaded                the queue is full; try again later
-    ├── EngineClosed                    the engine was closed, or its thread died
-    ├── RequestFailed                   a component of the model raised while it served the request
-    │   └── OutOfMemory                 the device has no room even for this request alone
-    └── RequestStopped                  the request ended early; `.partial` holds what was made
-        ├── RequestCancelled
-        └── RequestTimeout (TimeoutError)
+MStarError
+├── InvalidRequest (ValueError)     a field is wrong: names the field, its value, what is allowed
+├── ModelNotFound (LookupError)     no such model in the registry, on disk or on the hub
+├── WeightsError                    a checkpoint lacks a tensor, or holds one of another shape
+├── EngineOverloaded                the queue is full; try again later
+├── EngineClosed                    the engine was closed, or its thread died
+├── RequestFailed                   a component of the model raised while it served the request
+│   └── OutOfMemory                 the device has no room even for this request alone
+└── RequestStopped                  the request ended early; `.partial` holds what was made
+    ├── RequestCancelled
+    └── RequestTimeout (TimeoutError)
 """
 
 from __future__ import annotations

@@ -81,13 +81,20 @@ class Engine(GenerateMethods):
         warmup: bool = False,
         progress: bool | None = None,
     ) -> None:
-        for name, value in (("max_running", max_running), ("max_batch", max_batch)):
-            if value < 1:
-                raise InvalidRequest(name, value, "must be at least 1")
+        _check_sizes(
+            max_running=max_running,
+            max_batch=max_batch,
+            token_budget=token_budget,
+            kv_tokens=kv_tokens,
+        )
         if max_queue < 0:
             raise InvalidRequest("max_queue", max_queue, "must be at least 0")
+        if not 0 < memory_fraction <= 1:
+            raise InvalidRequest("memory_fraction", memory_fraction, "must be above 0, at most 1")
+        target = registry.find(model, weights)
+        self.card = target.card
         self.model: Model = load_model(
-            registry.find(model, weights),
+            target,
             device=device,
             dtype=dtype,
             load_format=load_format,
@@ -99,7 +106,6 @@ class Engine(GenerateMethods):
             look_ahead=look_ahead,
             progress=progress,
         )
-        self.card = self.model.card
         self.max_running = max_running
         self.max_queue = max_queue
         self._runtime = Runtime(
@@ -163,7 +169,14 @@ class Engine(GenerateMethods):
         prepared = self.model.prepare(inputs, params, outputs)
         handle = Handle(request_id or f"req-{uuid.uuid4().hex}")
         request = Request(
-            handle.request_id, prepared, params, outputs, handle, stream=stream, timeout=timeout
+            handle.request_id,
+            prepared,
+            params,
+            outputs,
+            handle,
+            stream=stream,
+            timeout=timeout,
+            sample_rate=self.model.sample_rate,
         )
         request.on_end = self._ended
         handle.cancel_request = lambda: self._runtime.post(self._cancel, request)
@@ -378,6 +391,12 @@ class Engine(GenerateMethods):
             raise EngineClosed(f"the engine died: {self._death}") from self._death
         if self._closed:
             raise EngineClosed("the engine is closed")
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise InvalidRequest(name, value, "must be at least 1")
 
 
 def _events(handle: Handle) -> Iterator[Event]:

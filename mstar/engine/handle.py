@@ -50,7 +50,8 @@ class Handle:
         index = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._done or len(self._events) > index)
+                while not self._done and len(self._events) <= index:
+                    self._changed.wait()
                 fresh = self._events[index:]
                 done = self._done
             yield from fresh
@@ -112,4 +113,3 @@ class Handle:
                 callback()
             except Exception:
                 log.exception("a listener of request %s raised", self.request_id)
-

@@ -6,10 +6,8 @@ any number of sequences. `feed` and `generate` are coroutines above that; a walk
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +20,9 @@ from mstar.engine.node import Node
 from mstar.engine.paged_context import PagedContext
 from mstar.engine.pages import PagesExhausted
 from mstar.engine.sampling import SamplerState, SamplingParams, sampler_for
+from mstar.engine.spans import Span, Step, Tokens
 from mstar.engine.traps import Call
-from mstar.errors import OutOfMemory, RequestFailed
+from mstar.errors import OutOfMemory
 from mstar.types import Usage
 
 __all__ = ["DecoderNetwork", "Generation", "LanguageModel", "Span", "Step"]
@@ -43,80 +42,6 @@ class DecoderNetwork(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores float32 `[tokens, vocab]`."""
-
-
-@dataclass(slots=True, eq=False)
-class Span:
-    """New tokens of one sequence.
-
-    Args:
-        kv: the sequence.
-        inputs: token ids, embeddings `[count, hidden]`, or the step whose token is the input.
-        count: number of tokens.
-        positions: rotary positions; those after the cached tokens if left out.
-        causal: whether tokens of the span see only those before them.
-        keep: whether the span's keys and values stay in the cache.
-        sampler: choose a token after the span's last one.
-        hidden: return the span's hidden states.
-        content: what the tokens are, for the prefix cache (see `KVCache.reuse`).
-    """
-
-    kv: KVCache
-    inputs: Sequence[int] | Tensor | Step
-    count: int
-    positions: Sequence[int] | None = None
-    causal: bool = True
-    keep: bool = True
-    sampler: SamplerState | None = None
-    hidden: bool = False
-    content: Sequence[int] | None = None
-
-
-class _Tokens:
-    """The tokens that one batch chose. On a GPU they are read without stopping it."""
-
-    def __init__(self, chosen: Tensor) -> None:
-        self.on_device = chosen.clamp_min(0) if chosen.is_cuda else chosen
-        self._values: list[int] | None = None
-        self._event: torch.cuda.Event | None = None
-        if chosen.is_cuda:
-            self._host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
-            self._host.copy_(chosen, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        else:
-            self._values = chosen.tolist()
-
-    def __getitem__(self, row: int) -> int:
-        if self._values is None:
-            self._event.synchronize()
-            self._values = self._host.tolist()
-        return self._values[row]
-
-
-class Step:
-    """What came of a span: the chosen token (if asked for) and hidden states (if asked for)."""
-
-    __slots__ = ("hidden", "row", "tokens")
-
-    def __init__(self, tokens: _Tokens | None, row: int, hidden: Tensor | None) -> None:
-        self.tokens = tokens
-        self.row = row
-        self.hidden = hidden
-
-    @property
-    def token(self) -> int:
-        """The chosen token. On a GPU this waits until the step has run.
-
-        Raises:
-            RequestFailed: the network's scores allow no token.
-        """
-        if self.tokens is None:
-            raise RuntimeError("no token was chosen: the span had no sampler")
-        token = self.tokens[self.row]
-        if token < 0:
-            raise RequestFailed("no token can be chosen: the scores hold NaN, or none is finite")
-        return token
 
 
 class LanguageModel(Node):
@@ -209,7 +134,7 @@ class LanguageModel(Node):
         Raises:
             ValueError: the parts of the span are not of the same length.
         """
-        _check(call.payload)
+        call.payload.check()
         call.payload.kv.group.waiting += 1
         super().enqueue(call)
 
@@ -238,17 +163,20 @@ class LanguageModel(Node):
             if (starved or self._must_wait(span, busy)) and not self._has_pages(span):
                 starved = True
                 continue
+            group = span.kv.group
             try:
                 span.kv.reserve(span.count, busy)
             except PagesExhausted as error:
-                if not busy and self.pool.is_alone(span.kv.group):
-                    failed.append((call, self._never_fits(span, error)))
                 starved = True
+                if not busy and self.pool.is_alone(group):
+                    group.waiting -= 1
+                    failed.append((call, self._never_fits(span, error)))
                 continue
             except Exception as error:
+                group.waiting -= 1
                 failed.append((call, error))
                 continue
-            busy.add(span.kv.group)
+            busy.add(group)
             batch[span.kv] = call
             if span.count > 1:
                 room -= span.count
@@ -256,13 +184,16 @@ class LanguageModel(Node):
         kept = [call for call in self._only if call not in gone]
         self._only.clear()
         self._only.extend(kept)
-        for call in gone:
-            call.payload.kv.group.waiting -= 1
+        for kv in batch:
+            kv.group.waiting -= 1
         for call, error in failed:
             waiter, call.waiter = call.waiter, None
             if waiter is not None:
                 waiter.reject(error)
-        # A failure may have ended its request, and with it other calls.
+        if not failed:
+            return list(batch.values())
+        # A failure may have ended its request, and with it other calls: of this batch, even.
+        self.pool.released()
         return [call for call in batch.values() if call.waiter is not None]
 
     def warmup(self) -> None:
@@ -303,7 +234,7 @@ class LanguageModel(Node):
         hidden, logits = self._forward(spans, kv_lens, tables, rows)
         tokens = None
         if rows:
-            tokens = _Tokens(self.sampler.sample(logits, [spans[r].sampler for r in rows]))
+            tokens = Tokens(self.sampler.sample(logits, [spans[r].sampler for r in rows]))
         place = {row: index for index, row in enumerate(rows)}
         steps, start = [], 0
         for index, span in enumerate(spans):
@@ -361,16 +292,16 @@ class LanguageModel(Node):
         return (
             self.graphs is not None
             and len(rows) == len(spans)
-            and all(s.count == 1 and not _is_embedding(s.inputs) for s in spans)
+            and all(s.count == 1 and not s.is_embedded for s in spans)
             and self.graphs.fits(len(spans), [s.kv.pages for s in spans])
         )
 
     def _inputs(self, spans: list[Span]) -> Tensor:
         """Ids `[tokens]`, or embeddings `[tokens, hidden]` if any span brings some."""
-        if not any(_is_embedding(span.inputs) for span in spans):
+        if not any(span.is_embedded for span in spans):
             return self._ids(spans)
         parts = [
-            span.inputs if _is_embedding(span.inputs) else self.network.embed(self._ids([span]))
+            span.inputs if span.is_embedded else self.network.embed(self._ids([span]))
             for span in spans
         ]
         return torch.cat(parts)
@@ -444,21 +375,3 @@ class Generation:
             self.finish_reason = "length"
         finally:
             lm.sampler.close(sampler)
-
-
-def _check(span: Span) -> None:
-    """Refuse a span that would shift the tokens of others in its batch."""
-    if isinstance(span.inputs, Step):
-        count = int(span.inputs.tokens is not None)
-    else:
-        count = len(span.inputs)
-    if not 0 < count == span.count:
-        raise ValueError(f"a span of {span.count} tokens needs as many inputs and got {count}")
-    if span.positions is not None and len(span.positions) != count:
-        raise ValueError(f"{len(span.positions)} positions for a span of {count} tokens")
-    if span.content is not None and len(array("q", span.content)) != count:
-        raise ValueError(f"content of {len(span.content)} for a span of {count} tokens")
-
-
-def _is_embedding(inputs: object) -> bool:
-    return isinstance(inputs, Tensor)

@@ -46,6 +46,7 @@ class Request:
         output_modalities: what is asked for.
         stream: whether the caller takes events as they come.
         timeout: seconds from now until the request is given up.
+        sample_rate: of the audio that the model makes, in Hz.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Request:
         *,
         stream: bool = False,
         timeout: float | None = None,
+        sample_rate: int | None = None,
     ) -> None:
         self.id = id
         self.inputs = inputs
@@ -75,7 +77,7 @@ class Request:
         self._task: Task | None = None
         self._timer: Timer | None = None
         self._reason: str | None = None
-        self._last_audio: AudioChunk | None = None
+        self._sample_rate = sample_rate
 
     # -- for walks ---------------------------------------------------------------------------
 
@@ -156,9 +158,9 @@ class Request:
             return
         self.usage.total_time = time.monotonic() - self.submitted
         closing = {"finish_reason": self._reason, "usage": self.usage}
-        if self._last_audio is not None:
+        if "audio" in self.output_modalities and self._sample_rate is not None:
             empty = np.zeros(0, dtype=np.int16)
-            self._sink.event(AudioChunk(empty, self._last_audio.sample_rate, **closing))
+            self._sink.event(AudioChunk(empty, self._sample_rate, **closing))
         else:
             self._sink.event(TextChunk("", **closing))
         self._end("completed", None)
@@ -184,7 +186,6 @@ class Request:
         if self.usage.time_to_first_event is None:
             self.usage.time_to_first_event = time.monotonic() - self.submitted
         if isinstance(event, AudioChunk):
-            self._last_audio = event
             self.usage.audio_seconds += len(event.pcm) / event.sample_rate
         self._sink.event(event)
 

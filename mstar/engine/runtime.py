@@ -278,10 +278,7 @@ class Runtime:
                 try:
                     trap.begin(self, task)
                 except BaseException as failure:
-                    if not isinstance(trap, Trap):
-                        what = f"a walk cannot await {trap!r}: it is not of this runtime"
-                        failure = TypeError(what)
-                    task.reject(failure)
+                    task.reject(failure if isinstance(trap, Trap) else _not_ours(trap))
         self.current = None
 
     def _finish(self, task: Task, result: Any, error: BaseException | None) -> None:
@@ -329,9 +326,7 @@ class Runtime:
         if node.has_calls():
             self.schedule(node)
 
-    def _run(
-        self, node: Node, batch: list[Call]
-    ) -> list[tuple[Call, Any, BaseException | None]]:
+    def _run(self, node: Node, batch: list[Call]) -> list[tuple[Call, Any, BaseException | None]]:
         """Run a batch. If it raises, run its calls in halves (memory) or alone (anything else)."""
         node.batch_sizes[len(batch)] += 1
         try:
@@ -359,3 +354,7 @@ class Runtime:
                 waiter.resolve(result)
             else:
                 waiter.reject(error)
+
+
+def _not_ours(trap: object) -> TypeError:
+    return TypeError(f"a walk cannot wait for {trap!r}: only for calls and what is made of them")

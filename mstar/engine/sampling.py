@@ -211,10 +211,11 @@ class DeviceSampler:
             if not self._free:
                 self._grow()
             ids = torch.tensor(prompt, dtype=torch.int64, device=self.device)
+            slot = self._free[-1]
+            self._in_output[slot] = 0
+            self._in_prompt[slot] = False
+            self._in_prompt[slot, ids] = True
             state.slot = self._free.pop()
-            self._in_output[state.slot] = 0
-            self._in_prompt[state.slot] = False
-            self._in_prompt[state.slot, ids] = True
         return state
 
     def close(self, state: DeviceState) -> None:

@@ -174,9 +174,9 @@ def _read(
         if value is None:
             shape = slot.tensor.shape if source.combine is None else piece.shape
             keep = dtype is None or not piece.is_floating_point()
-            value = torch.empty(shape, dtype=piece.dtype if keep else dtype, device=device)
             if piece.shape == shape:
-                return value.copy_(piece)
+                return piece.to(device=device, dtype=piece.dtype if keep else dtype)
+            value = torch.empty(shape, dtype=piece.dtype if keep else dtype, device=device)
             rows = value.view(-1, *piece.shape[1:])
         rows[row : row + len(piece)].copy_(piece)
         row += len(piece)

@@ -11,7 +11,6 @@ import torch
 
 from mstar.engine.node import Node
 from mstar.engine.request import Request
-from mstar.models.card import ModelCard
 
 __all__ = ["Inputs", "Model", "Setup"]
 
@@ -65,7 +64,7 @@ class Model:
     `load` may take its time; `prepare` runs in the caller's thread; `walk` on the engine's.
     """
 
-    card: ModelCard
+    sample_rate: int | None = None  # of the audio it makes, in Hz
 
     @classmethod
     def load(cls, setup: Setup) -> Model:

@@ -41,7 +41,9 @@ def gather_inputs(
             taken = ", ".join(card.inputs)
             raise InvalidRequest(field, value, f"{card.name} takes {taken} only")
     if messages is None and all(value in (None, ()) for value in given.values()):
-        raise InvalidRequest("text", None, f"nothing was given; {card.name} takes {_or(card.inputs)}")
+        raise InvalidRequest(
+            "text", None, f"nothing was given; {card.name} takes {_or(card.inputs)}"
+        )
     order = None
     if input_modalities is not None:
         order = _modalities("input_modalities", input_modalities, card.inputs, card.name)

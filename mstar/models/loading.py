@@ -113,5 +113,3 @@ class _ProgressBar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-
-

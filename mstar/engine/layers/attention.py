@@ -1,7 +1,8 @@
 """How a network's layers reach the keys and values of earlier tokens.
 
 A network calls `context.attend(...)` in every layer and does not know where the cache lies. The
-engine passes a `PagedContext` (`mstar/engine/paged_context.py`); without the engine a `CausalContext` runs one plain sequence.
+engine passes a `PagedContext` (`mstar/engine/paged_context.py`); without the engine a
+`CausalContext` runs one plain sequence.
 """
 
 from __future__ import annotations

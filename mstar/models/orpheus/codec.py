@@ -52,7 +52,9 @@ def codec_runner(
     ramp = np.sin(np.linspace(0, np.pi / 2, int(FADE_SECONDS * snac.config.sampling_rate))) ** 2
 
     def run(jobs: list[CodecJob]) -> list[np.ndarray]:
-        codes = [torch.stack(level).to(device) for level in zip(*(j.codes for j in jobs), strict=True)]
+        codes = [
+            torch.stack(level).to(device) for level in zip(*(j.codes for j in jobs), strict=True)
+        ]
         noise = None
         if jobs[0].noise is not None:
             blocks = zip(*(job.noise for job in jobs), strict=True)

@@ -19,6 +19,7 @@ from mstar.engine.kernels.gated import silu_mul
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext, CausalContext
+from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.weights import Source
 
@@ -58,6 +59,8 @@ class LlamaConfig:
         heads = config["num_attention_heads"]
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        if rope and "max_position_embeddings" in config:
+            rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
         known = cls.__dataclass_fields__.keys() - {"rope_theta", "rope_scaling"}
         values = {k: v for k, v in config.items() if k in known and v is not None}
         values.setdefault("num_key_value_heads", heads)
@@ -175,17 +178,17 @@ class Llama(nn.Module):
             if keep is not None:
                 keep.append(residual)
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = _linear(h, attention.qkv_proj)
+            qkv = _apply(attention.qkv_proj, h)
             h = context.attend(index, qkv, angles, attention.heads, attention.kv_heads)
-            h = _linear(h, attention.o_proj)
+            h = _apply(attention.o_proj, h)
             h, residual = rms_norm(h, layer.post_attention_layernorm.weight, eps, residual)
-            h = _linear(silu_mul(_linear(h, mlp.gate_up_proj)), mlp.down_proj)
+            h = _apply(mlp.down_proj, silu_mul(_apply(mlp.gate_up_proj, h)))
             h, residual = rms_norm(h, self._next_norm(index), eps, residual)
         return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores float32 `[tokens, vocab]` of normed hidden states `[tokens, hidden]`."""
-        return F.linear(hidden, self.lm_head.weight).float()
+        return linear(hidden, self.lm_head.weight).float()
 
     def _next_norm(self, index: int) -> Tensor:
         layers = self.model.layers
@@ -196,5 +199,5 @@ class Llama(nn.Module):
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
+def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)

@@ -22,7 +22,6 @@ from mstar.engine.traps import Call, spawn
 from mstar.engine.weights import load, randomize
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.base import Inputs, Model, Setup
-from mstar.models.orpheus.card import CARD
 from mstar.models.orpheus.codec import CodecJob, codec_runner
 from mstar.models.orpheus.frames import FrameBuffer
 from mstar.models.orpheus.llama import Llama, LlamaConfig
@@ -50,8 +49,6 @@ class _Plan:
 class Orpheus(Model):
     """Nodes `lm` and `snac`."""
 
-    card = CARD
-
     def __init__(
         self,
         lm: LanguageModel,
@@ -62,6 +59,7 @@ class Orpheus(Model):
         self.lm = lm
         self.longest = longest
         self.codec = snac.config
+        self.sample_rate = snac.config.sampling_rate
         self.encode = encode
         self.snac = Node(
             "snac",
@@ -144,7 +142,7 @@ class Orpheus(Model):
     async def walk(self, request: Request) -> str:
         """Speak the utterances abreast, deliver them one after another."""
         plan: _Plan = request.inputs
-        rate = self.codec.sampling_rate
+        rate = self.sample_rate
         if len(plan.prompts) == 1:
             speech = _Speech(self, request, 0, lambda call: request.emit_audio(call, rate))
             return await speech.speak()

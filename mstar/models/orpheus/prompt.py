@@ -18,8 +18,11 @@ STOP = 128258
 # About half a minute of speech: well inside the default of 4096 tokens (50 s).
 LONGEST = 400
 
-_SENTENCE_END = re.compile(r"(?<=[.!?…。！？])[\"'”’)\]]*(?:\s+|(?<=[。！？]))|\n+")
-_CLAUSE_END = re.compile(r"(?<=[,;:—、，；：])\s*")
+# A sentence or clause, with what closes it and the white space after it. A Latin full stop or comma
+# ends one only before white space: 3.14, 10,000, 12:30.
+_SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])[\"'”’)\]」』]*\s*|\n+")
+_CLAUSE_END = re.compile(r"(?<=[,;:])\s+|(?<=[—、，；：])\s*")
+_WORD_END = re.compile(r"\s+")
 
 
 def load_tokenizer(folder: Path) -> Callable[[str], list[int]]:
@@ -50,42 +53,34 @@ def split_sentences(text: str, longest: int = LONGEST) -> list[str]:
     """Cut text into utterances of at most about `longest` characters.
 
     Cuts are at the ends of sentences; only a sentence that is too long alone is cut at commas, and
-    failing that between words.
+    failing that between words. Nothing but white space at a cut is lost.
     """
     if len(text) <= longest:
         return [text]
+    utterances = [piece.strip() for piece in _split(text.strip(), longest, _BOUNDARIES)]
+    return [utterance for utterance in utterances if utterance] or [""]
+
+
+_BOUNDARIES = (_SENTENCE_END, _CLAUSE_END, _WORD_END)
+
+
+def _split(text: str, longest: int, boundaries: tuple[re.Pattern[str], ...]) -> list[str]:
+    """Stretches of `text`, which joined make it again, as long as they may be.
+
+    Those that are too long between two of the first kind of boundary are split at the next kind.
+    """
+    if len(text.rstrip()) <= longest:
+        return [text]
+    if not boundaries:
+        return [text[i : i + longest] for i in range(0, len(text), longest)]
+    ends = [match.end() for match in boundaries[0].finditer(text)]
     pieces: list[str] = []
-    for sentence in _cut(text, _SENTENCE_END):
-        pieces += [sentence] if len(sentence) <= longest else _cut_long(sentence, longest)
-    return _pack(pieces, longest)
-
-
-def _cut(text: str, boundary: re.Pattern[str]) -> list[str]:
-    """Pieces of `text`, each with what closes it; no character but white space is lost."""
-    pieces, start = [], 0
-    for match in boundary.finditer(text):
-        pieces.append(text[start : match.end()].strip())
-        start = match.end()
-    pieces.append(text[start:].strip())
-    return [piece for piece in pieces if piece]
-
-
-def _cut_long(sentence: str, longest: int) -> list[str]:
-    pieces: list[str] = []
-    for clause in _cut(sentence, _CLAUSE_END):
-        if len(clause) <= longest:
-            pieces.append(clause)
-            continue
-        for word in _pack(clause.split(), longest):
-            pieces += [word[i : i + longest] for i in range(0, len(word), longest)]
-    return pieces
-
-
-def _pack(pieces: list[str], longest: int) -> list[str]:
+    for start, end in zip([0, *ends], [*ends, len(text)], strict=True):
+        pieces += _split(text[start:end], longest, boundaries[1:])
     packed = pieces[:1]
     for piece in pieces[1:]:
-        if len(packed[-1]) + 1 + len(piece) <= longest:
-            packed[-1] = f"{packed[-1]} {piece}"
+        if len((packed[-1] + piece).rstrip()) <= longest:
+            packed[-1] += piece
         else:
             packed.append(piece)
     return packed

@@ -1,0 +1,35 @@
+"""x @ weight.T + bias, by whichever library is fastest for it.
+
+On a CPU in float32, oneDNN's inner product is 2 to 3 times as fast as the BLAS that torch ships
+with once the weight is large (measured on an AMD EPYC: 5632 x 1024, 1 row 0.43 against 0.98 ms,
+8 rows 0.67 against 1.60 ms); small ones are not worth its overhead of 10 us a call.
+
+The last bits of a row may depend on how many rows there are: no library here promises otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["linear"]
+
+_LARGE = 1 << 17
+_onednn = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`[..., inputs]` and `[outputs, inputs]` to `[..., outputs]`."""
+    if (
+        _onednn is not None
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and weight.numel() >= _LARGE
+    ):
+        return _onednn(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)

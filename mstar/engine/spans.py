@@ -1,0 +1,112 @@
+"""Spans: what a decoder network is given, and what comes of it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mstar.engine.kvcache import KVCache
+from mstar.engine.sampling import SamplerState
+from mstar.errors import RequestFailed
+
+__all__ = ["Span", "Step", "Tokens"]
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """New tokens of one sequence.
+
+    Args:
+        kv: the sequence.
+        inputs: token ids, embeddings `[count, hidden]`, or the step whose token is the input.
+        count: number of tokens.
+        positions: rotary positions; those after the cached tokens if left out.
+        causal: whether tokens of the span see only those before them.
+        keep: whether the span's keys and values stay in the cache.
+        sampler: choose a token after the span's last one.
+        hidden: return the span's hidden states.
+        content: what the tokens are, for the prefix cache (see `KVCache.reuse`).
+    """
+
+    kv: KVCache
+    inputs: Sequence[int] | Tensor | Step
+    count: int
+    positions: Sequence[int] | None = None
+    causal: bool = True
+    keep: bool = True
+    sampler: SamplerState | None = None
+    hidden: bool = False
+    content: Sequence[int] | None = None
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the inputs are embeddings."""
+        return isinstance(self.inputs, Tensor)
+
+    def check(self) -> None:
+        """Refuse what would shift the tokens of others in the batch.
+
+        Raises:
+            ValueError: the parts are not of the same length.
+        """
+        if isinstance(self.inputs, Step):
+            count = int(self.inputs.tokens is not None)
+        else:
+            count = len(self.inputs)
+        if not 0 < count == self.count:
+            raise ValueError(f"a span of {self.count} tokens needs as many inputs and got {count}")
+        if self.positions is not None and len(self.positions) != count:
+            raise ValueError(f"{len(self.positions)} positions for a span of {count} tokens")
+        if self.content is not None and len(array("q", self.content)) != count:
+            raise ValueError(f"content of {len(self.content)} for a span of {count} tokens")
+
+
+class Tokens:
+    """The tokens that one batch chose. On a GPU they are read without stopping it."""
+
+    def __init__(self, chosen: Tensor) -> None:
+        self.on_device = chosen.clamp_min(0) if chosen.is_cuda else chosen
+        self._values: list[int] | None = None
+        self._event: torch.cuda.Event | None = None
+        if chosen.is_cuda:
+            self._host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
+            self._host.copy_(chosen, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = chosen.tolist()
+
+    def __getitem__(self, row: int) -> int:
+        if self._values is None:
+            self._event.synchronize()
+            self._values = self._host.tolist()
+        return self._values[row]
+
+
+class Step:
+    """What came of a span: the chosen token (if asked for) and hidden states (if asked for)."""
+
+    __slots__ = ("hidden", "row", "tokens")
+
+    def __init__(self, tokens: Tokens | None, row: int, hidden: Tensor | None) -> None:
+        self.tokens = tokens
+        self.row = row
+        self.hidden = hidden
+
+    @property
+    def token(self) -> int:
+        """The chosen token. On a GPU this waits until the step has run.
+
+        Raises:
+            RequestFailed: the network's scores allow no token.
+        """
+        if self.tokens is None:
+            raise RuntimeError("no token was chosen: the span had no sampler")
+        token = self.tokens[self.row]
+        if token < 0:
+            raise RequestFailed("no token can be chosen: the scores hold NaN, or none is finite")
+        return token
