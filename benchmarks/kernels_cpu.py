@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.kernels.gated import silu_mul
-from mstar.engine.kernels.paged_attention import PagedBatch, paged_attention
+from mstar.engine.kernels.paged_attention import paged_attention
+from mstar.engine.kernels.paged_batch import PagedBatch
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.kernels.rotary_store import rotary_store
 

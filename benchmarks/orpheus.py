@@ -5,12 +5,14 @@
 The baseline is the published streaming example: `transformers` `generate` with a streamer, and one
 `snac` decode of the last 28 tokens for every 7 new ones. It serves one request after another, which
 is also what it is compared with at 8 concurrent requests; all of them arrive at once, and first
-audio counts from then. Every contestant runs in a process of its
-own, so that peak memory is its own. `first_audio_early_s` is ours alone and unloaded, with
-`lookahead=1`: 14 tokens instead of 28 before the first chunk, which is approximate then. The pair is run in turn `--rounds` times and medians are taken.
+audio counts from then. Every contestant runs in a process of its own, so that peak memory is its
+own. The pair is run in turn `--rounds` times and medians are taken.
 
-Cases: `tiny`, the checkpoint in the package, with the sampling defaults; `mid`, 12 layers 1,024 wide
-with the full vocabulary and random weights, greedy with a fixed length (they never stop).
+`first_audio_early_s` is ours alone and unloaded, with `lookahead=1`: 14 tokens instead of 28 before
+the first chunk, which is approximate then.
+
+Cases: `tiny`, the checkpoint in the package, with the sampling defaults; `mid`, 12 layers 1,024
+wide with the full vocabulary and random weights, greedy with a fixed length (they never stop).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/scheduler.py
 
 Prints microseconds per call with 1, 64 and 1,024 live walks: resuming the walk, making the call,
-forming the batch, running it, delivering the result. Besides, the same number of awaits of asyncio's
-own event loop (`await asyncio.sleep(0)`) as a yardstick.
+forming the batch, running it, delivering the result. Besides, the same number of awaits of
+asyncio's own event loop (`await asyncio.sleep(0)`) as a yardstick.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ from mstar.engine.memory import is_out_of_memory
 from mstar.engine.request import Request
 from mstar.engine.runtime import Runtime
 from mstar.engine.stats import Recorder, node_stats
+from mstar.engine.threads import threads_for, use_threads
+from mstar.engine.weights import weight_bytes
 from mstar.errors import EngineClosed, EngineOverloaded, InvalidRequest, RequestCancelled
 from mstar.models import registry
 from mstar.models.base import Model
@@ -54,6 +56,8 @@ class Engine(GenerateMethods):
         max_queue: most requests that wait; beyond that `EngineOverloaded` is raised.
         prefix_cache: reuse the KV cache of common beginnings.
         look_ahead: launch the next decode step before the last token is read (default: on a GPU).
+        cpu_threads: threads that operations on a CPU use; if left out, one for a small model and
+            torch's own setting otherwise. Other threads of the process keep theirs.
         warmup: run or capture beforehand what the first request would wait for.
         progress: show a bar on stderr while weights are read (default: if that is a terminal).
 
@@ -78,10 +82,12 @@ class Engine(GenerateMethods):
         max_queue: int = 1024,
         prefix_cache: bool = True,
         look_ahead: bool | None = None,
+        cpu_threads: int | None = None,
         warmup: bool = False,
         progress: bool | None = None,
     ) -> None:
         _check_sizes(
+            cpu_threads=cpu_threads,
             max_running=max_running,
             max_batch=max_batch,
             token_budget=token_budget,
@@ -108,9 +114,8 @@ class Engine(GenerateMethods):
         )
         self.max_running = max_running
         self.max_queue = max_queue
-        self._runtime = Runtime(
-            is_out_of_memory=is_out_of_memory, lane_context=torch.inference_mode
-        )
+        self._threads = cpu_threads or threads_for(sum(map(weight_bytes, self.model.networks)))
+        self._runtime = Runtime(is_out_of_memory=is_out_of_memory, lane_context=self._lane)
         for node in self.model.nodes:
             node.bind(self._runtime.schedule)
         self._lock = threading.Lock()
@@ -349,6 +354,7 @@ class Engine(GenerateMethods):
 
     def _serve(self) -> None:
         try:
+            use_threads(self._threads)
             with torch.inference_mode():
                 self._runtime.run()
         except BaseException as error:
@@ -357,6 +363,13 @@ class Engine(GenerateMethods):
             failure = EngineClosed(f"the engine died: {type(error).__name__}: {error}")
             failure.__cause__ = error
             self._stop_all(failure)
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[None]:
+        """What runs beside the engine's thread takes a share of the cores."""
+        use_threads(max(1, self._threads // 4))
+        with torch.inference_mode():
+            yield
 
     def _admit(self, request: Request) -> None:
         request.arm(self._runtime)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mstar.engine.kernels.paged_attention import BatchTensors
+from mstar.engine.kernels.paged_batch import BatchTensors
 from mstar.engine.kvcache import KVPool
 from mstar.engine.paged_context import PagedContext
 

@@ -330,9 +330,8 @@ class KVCache:
             content: what they are (see `reuse`), so that others can find full pages. None: unknown,
                 unless `note` says it before the next tokens.
         """
-        known = len(self._content) == self.length
         self.length += tokens
-        if known and content is not None:
+        if content is not None:
             self.note(content)
 
     def note(self, content: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mstar.engine.graphs import DecodeGraphs
-from mstar.engine.kernels.paged_attention import PagedBatch
+from mstar.engine.kernels.paged_batch import PagedBatch
 from mstar.engine.kvcache import KVCache, KVGroup, KVLayout, KVPool
 from mstar.engine.layers.attention import AttentionContext
 from mstar.engine.node import Node

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mstar.engine.kernels.paged_attention import BatchTensors, PagedBatch, paged_attention
+from mstar.engine.kernels.paged_attention import paged_attention
+from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
 from mstar.engine.kernels.rotary_store import rotary_store
 from mstar.engine.kvcache import KVPool
 

@@ -111,10 +111,6 @@ class PageTable:
             self._page_of[digest] = page
             self._digest_of[page] = digest
 
-    def is_published(self, page: int) -> bool:
-        """Whether others may find the page."""
-        return page in self._digest_of
-
     def unpublish(self, page: int) -> None:
         """Forget the digest of a page, because its content is about to change."""
         digest = self._digest_of.pop(page, None)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mstar.engine.checkpoint import Checkpoint
 from mstar.errors import WeightsError
 
-__all__ = ["Checkpoint", "Source", "load", "randomize"]
+__all__ = ["Checkpoint", "Source", "load", "randomize", "weight_bytes"]
 
 Progress = Callable[[int, int, str], None]  # tensors done, tensors in all, the one just done
 _LISTED = 20  # how many faults one error message spells out
@@ -106,6 +106,11 @@ def load(
             progress(done, len(chosen), slot.names[0])
     _raise(faults, module, checkpoint)
     return _finish(module, device)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Size of the parameters, tied ones counted once."""
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def randomize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mstar.engine.node import Node
 from mstar.engine.request import Request
@@ -65,6 +66,7 @@ class Model:
     """
 
     sample_rate: int | None = None  # of the audio it makes, in Hz
+    networks: Sequence[nn.Module] = ()
 
     @classmethod
     def load(cls, setup: Setup) -> Model:

@@ -252,8 +252,12 @@ def test_a_preempted_group_comes_back_bit_for_bit_with_its_forks():
     with pool.open() as other:
         write(other, range(100, 132))
         assert used(pool) == 8
+    with pool.open() as other:
+        assert other.reuse([*range(9)]) == 0
     write(third, [63])
     assert not kv.group.is_out
+    with pool.open() as other:
+        assert other.reuse([*range(9)]) == 4
     assert [read(s) for s in (kv, fork)] == before[:2]
     assert read(third) == [*before[2], *values([*range(6), 60, 61, 62, 63])[-1:]]
     for s in (kv, fork, third):

@@ -497,6 +497,30 @@ def test_two_nodes_may_share_a_pool():
     assert one.pool.preemptions > 0
 
 
+def test_a_sequence_that_waits_for_pages_hears_when_another_node_lets_go_of_them():
+    one, runtime = language_model(pages=8, prefix_cache=False)
+    two = LanguageModel("two", NETWORK, one.pool)
+    two.bind(runtime.schedule)
+    gates, ends = (Gate(), Gate()), (Outcome(), Outcome())
+
+    async def elder():
+        with one.open_cache() as kv:
+            await one.feed(kv, prompt_of(23))
+            await gates[0].wait()
+            await two(Span(kv, [1], 1))
+            await gates[1].wait()
+
+    runtime.spawn(elder(), waiter=ends[0])
+    settle(runtime)
+    runtime.spawn(decode(one, prompt_of(20), GREEDY), waiter=ends[1])
+    gates[0].open()
+    settle(runtime)
+    assert ends[1].value == alone(prompt_of(20), GREEDY)
+    gates[1].open()
+    settle(runtime)
+    assert (ends[0].told, one.pool.table.used) == (1, 0)
+
+
 async def forked(lm, prompt, params):
     """Two continuations of one prompt, token by token."""
     with lm.open_cache() as kv:

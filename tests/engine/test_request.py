@@ -30,9 +30,9 @@ class Sink:
         return [event.text for event in self.events if isinstance(event, TextChunk)]
 
 
-def begin(walk, runtime=None, **options):
-    runtime, sink = runtime or Runtime(), Sink()
-    request = Request("r1", None, {}, ("text",), sink, **options)
+def begin(walk, outputs=("text",), **options):
+    runtime, sink = Runtime(), Sink()
+    request = Request("r1", None, {}, outputs, sink, **options)
     request.ends = []
     request.on_end = lambda request, was: request.ends.append((was, request.state))
     request.arm(runtime)
@@ -40,8 +40,8 @@ def begin(walk, runtime=None, **options):
     return runtime, request, sink
 
 
-def run(walk):
-    runtime, request, sink = begin(walk)
+def run(walk, **options):
+    runtime, request, sink = begin(walk, **options)
     settle(runtime)
     assert sink.ended == len(request.ends) == 1
     assert request.is_over
@@ -85,7 +85,7 @@ def test_audio_is_counted_and_its_stream_is_closed_by_an_empty_chunk():
         request.emit_audio(np.zeros(12000, np.int16), 24000)
         request.emit_audio(np.zeros(6000, np.int16), 24000)
 
-    request, sink = run(walk)
+    request, sink = run(walk, outputs=("audio",), sample_rate=24000)
     assert request.usage.audio_seconds == 0.75
     last = sink.events[-1]
     assert isinstance(last, AudioChunk)
@@ -104,10 +104,11 @@ def test_calls_that_are_emitted_run_behind_the_walk_and_arrive_in_order():
         request.emit_text(slow("1"))
         request.emit_text("2")
         request.emit_text(twice(3))
-        request.emit_text(spawn(twice(4)))
+        task = spawn(twice(4))
+        request.emit_text(task)
         request.emit_text(slow("5"))
         order.append("walk")
-        await quick(0)
+        await task  # children end with their parent
 
     _, sink = run(walk)
     assert sink.texts == ["1", "2", "12", "16", "5", ""]

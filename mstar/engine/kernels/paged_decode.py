@@ -14,15 +14,12 @@ table can hold. The torch reference is `paged_attention_torch`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton
-
-if TYPE_CHECKING:
-    from mstar.engine.kernels.paged_attention import BatchTensors
+from mstar.engine.kernels.paged_batch import BatchTensors
 
 __all__ = ["paged_decode_triton"]
 

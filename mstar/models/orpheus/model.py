@@ -60,6 +60,7 @@ class Orpheus(Model):
         self.longest = longest
         self.codec = snac.config
         self.sample_rate = snac.config.sampling_rate
+        self.networks = (lm.network, snac)
         self.encode = encode
         self.snac = Node(
             "snac",

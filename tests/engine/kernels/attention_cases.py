@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mstar.engine.kernels.paged_attention import PagedBatch
+from mstar.engine.kernels.paged_batch import PagedBatch
 
 
 @dataclass

@@ -6,12 +6,8 @@ import pytest
 import torch
 from attention_cases import CASES, Case, make_case, reference
 
-from mstar.engine.kernels.paged_attention import (
-    BatchTensors,
-    PagedBatch,
-    paged_attention,
-    paged_attention_triton,
-)
+from mstar.engine.kernels.paged_attention import paged_attention, paged_attention_triton
+from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
 from mstar.engine.kernels.paged_decode import paged_decode_triton
 
 LONG = Case("long", [(1, 100, True), (1, 7, True), (1, 33, True), (1, 64, True)], page_size=16)
