@@ -7,32 +7,28 @@ loaded; torch is imported only when a model is.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import re
-import struct
 import sys
 import textwrap
 import traceback
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 import mstar
-from mstar.errors import InvalidRequest, ModelNotFound, MStarError, RequestFailed
+from mstar.errors import InvalidRequest, ModelNotFound, MStarError
+from mstar.io.audio import open_wav_header
+from mstar.io.save import HOLDS, check_path, encode, modalities_of, save, summary
 from mstar.io.sniff import kind_of
 from mstar.models import registry
 from mstar.models.card import ModelCard
-from mstar.types import AudioBuffer, AudioChunk, Event, GenerateResult, TextChunk, fold
+from mstar.types import AudioChunk, Event, GenerateResult, TextChunk, fold
 
 app = typer.Typer(
     help="Run composite, any-to-any multimodal models on this machine.",
@@ -42,21 +38,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ARRAYS = ("action", "latent", "audio")
-HOLDS = {
-    ".wav": ("audio",),
-    ".flac": ("audio",),
-    ".ogg": ("audio",),
-    ".mp3": ("audio",),
-    ".png": ("image",),
-    ".jpg": ("image",),
-    ".jpeg": ("image",),
-    ".txt": ("text",),
-    ".npy": ARRAYS,
-    ".npz": ARRAYS,
-    ".json": ("text", "image", "audio", "action", "latent"),
-}
 STDOUT = Path("-")
+# What a pipe gets, as the extension of a file.
+PIPED = {"text": ".txt", "image": ".png", "audio": ".wav", "action": ".npy", "latent": ".npy"}
 
 
 def main() -> None:
@@ -86,7 +70,7 @@ def generate(
     ] = None,
     modality: Annotated[
         str | None,
-        typer.Option("-m", "--modality", help="What to make: text,image,audio,action,latent."),
+        typer.Option("-m", "--modality", help="What to make: text, image, audio, action, latent."),
     ] = None,
     out: Annotated[
         list[Path] | None,
@@ -110,7 +94,7 @@ def generate(
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Print text as it comes (default), and with -o - audio too; or all at the end.",
+            help="Print text as it comes, or at the end. With -o -, --stream pipes audio live.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -123,34 +107,35 @@ def generate(
         outs = list(out or [])
         kinds = _modalities(card, modality, outs)
         _check_outs(kinds, outs, force=force, as_json=as_json)
-        values = _settings(card, settings or [])
         request: dict[str, Any] = {
+            **_settings(card, settings or []),
             **_inputs(card, prompt, attach or []),
-            **values,
             "output_modalities": kinds,
-            "request_id": uuid.uuid4().hex,
         }
-        text_out = "text" in kinds and not as_json and not any("text" in _holds(p) for p in outs)
-        live_audio = stream is True and STDOUT in outs and kinds == ("audio",)
-        with _engine(
-            model, weights=places, device=device, dtype=dtype, load_format=load_format
-        ) as engine:
-            if stream is False:
-                result = engine.generate(**request)
-                if text_out:
-                    _print(result.text)
-            else:
-                events = engine.generate(**request, stream=True)
-                watched = _watch(events, text=text_out, audio=live_audio)
-                result = fold(watched, request["request_id"])
-        if text_out and not result.text.endswith("\n"):
-            _print("\n")
-        files = _save(result, kinds, [] if live_audio else outs, force=force)
+        files = [path for path in outs if path != STDOUT]
+        piped = kinds[0] if STDOUT in outs else None
+        shown = not as_json and not any("text" in modalities_of(path) for path in files)
+        text_out = piped == "text" or ("text" in kinds and shown)
+        request["stream"] = text_out if stream is None else stream
+        live_text, live_audio = (
+            text_out and stream is not False,
+            piped == "audio" and stream is True,
+        )
+        options = {"device": device, "dtype": dtype, "load_format": load_format}
+        with _engine(model, weights=places, **options) as engine:
+            result = _run(engine, request, text=live_text, audio=live_audio)
+        if text_out:
+            _print(("" if live_text else result.text) + "\n" * (not result.text.endswith("\n")))
+        elif piped and not live_audio:
+            _print(encode(result, PIPED[piped]))
+        with _as_out():
+            written = [str(path) for path in save(result, files, overwrite=force)]
         if as_json:
-            _print(json.dumps(_summary(result, request["request_id"], files)) + "\n")
+            _print(json.dumps({**summary(result), "files": written}) + "\n")
         else:
-            for path in files:
+            for path in written:
                 typer.echo(f"wrote {path}", err=True)
+        _warn(result)
 
 
 def _engine(model: str, **options: Any) -> Any:
@@ -194,14 +179,60 @@ def _unique(field: str, pairs: Iterable[Iterable[str]]) -> dict[str, str]:
 def _modalities(card: ModelCard, asked: str | None, outs: list[Path]) -> tuple[str, ...]:
     """What to make: as asked, else what the output files hold, else the model's default."""
     if asked is not None:
-        kinds = [kind.strip() for kind in asked.split(",")]
+        wanted = [("--modality", kind.strip(), kind.strip()) for kind in asked.split(",")]
     else:
-        kinds = [_holds(path)[0] for path in outs if len(_holds(path)) == 1]
-    kinds = list(dict.fromkeys(kinds)) or list(card.default_output)
-    for kind in kinds:
+        held = [(path, _held(path)) for path in outs]
+        wanted = [("--out", str(path), kinds[0]) for path, kinds in held if len(kinds) == 1]
+    for option, given, kind in wanted:
         if kind not in card.outputs:
-            raise InvalidRequest("modality", kind, f"{card.name} makes {', '.join(card.outputs)}")
-    return tuple(kinds)
+            raise InvalidRequest(option, given, f"{card.name} makes {', '.join(card.outputs)}")
+    return tuple(dict.fromkeys(kind for _, _, kind in wanted)) or card.default_output
+
+
+def _held(path: Path) -> tuple[str, ...]:
+    """The modalities that an output can hold."""
+    if path == STDOUT:
+        return tuple(PIPED)
+    with _as_out():
+        return modalities_of(path)
+
+
+def _check_outs(kinds: tuple[str, ...], outs: list[Path], *, force: bool, as_json: bool) -> None:
+    """Refuse outputs that cannot be written, before any work is done."""
+    for kind in kinds:
+        if kind != "text" and not any(kind in _held(path) for path in outs):
+            fitting = " ".join(suffix for suffix, held in HOLDS.items() if kind in held)
+            pipe = PIPED[kind].removeprefix(".").upper()
+            raise InvalidRequest(
+                "--out",
+                None,
+                f"{kind} needs a file to go to: -o NAME with one of {fitting}; "
+                f"or -o - to send {pipe} bytes to a pipe",
+            )
+    if STDOUT in outs and (as_json or len(kinds) > 1):
+        raise InvalidRequest("--out", "-", "a pipe takes one modality, and no --json beside it")
+    if STDOUT in outs and kinds != ("text",) and _is_tty(sys.stdout):
+        raise InvalidRequest("--out", "-", "stdout is a terminal; send it to a pipe or a file")
+    for path in outs:
+        if not any(kind in kinds for kind in _held(path)):
+            raise InvalidRequest("--out", str(path), f"cannot hold {', '.join(kinds)}")
+        if outs.count(path) > 1:
+            raise InvalidRequest("--out", str(path), "is given twice")
+        if path != STDOUT:
+            with _as_out():
+                check_path(path, overwrite=force)
+
+
+@contextmanager
+def _as_out() -> Iterator[None]:
+    """Name the option in the errors about an output file."""
+    try:
+        yield
+    except FileExistsError as error:
+        hint = "exists already; --force overwrites it"
+        raise InvalidRequest("--out", error.filename, hint) from None
+    except InvalidRequest as error:
+        raise InvalidRequest("--out", error.value, error.allowed) from None
 
 
 def _inputs(card: ModelCard, prompt: str | None, attached: list[Path]) -> dict[str, Any]:
@@ -221,13 +252,12 @@ def _inputs(card: ModelCard, prompt: str | None, attached: list[Path]) -> dict[s
             texts.append(_decode("--attach", data))
         else:
             media.setdefault("images" if kind == "image" else kind, []).append((path.name, data))
-    piped = prompt == "-" or (
+    if prompt == "-" or (
         prompt is None and not texts and "text" in card.inputs and not _is_tty(sys.stdin)
-    )
-    if piped:
-        prompt = _decode("stdin", sys.stdin.buffer.read()).rstrip("\r\n") or None
-    if prompt is not None:
-        texts.insert(0, prompt)
+    ):
+        data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+        prompt = _decode("stdin", data).rstrip("\r\n")
+    texts = [text for text in (prompt, *texts) if text and not text.isspace()]
     if not texts and not media:
         how = "as PROMPT, through a pipe" if "text" in card.inputs else "as a file"
         raise InvalidRequest("prompt", None, f"nothing to work on: give it {how} or with --attach")
@@ -241,26 +271,32 @@ def _decode(field: str, data: bytes) -> str:
         raise InvalidRequest(field, data[error.start : error.start + 8], "must be UTF-8") from None
 
 
-def _watch(events: Iterable[Event], *, text: bool, audio: bool) -> Iterator[Event]:
+def _run(engine: Any, request: dict[str, Any], *, text: bool, audio: bool) -> GenerateResult:
+    """The result of a request, shown while it is made; left early, it is cancelled."""
+    handle = engine.submit(**request)
+    try:
+        with closing(_shown(handle, text=text, audio=audio)) as events:
+            return fold(events, handle.request_id)
+    finally:
+        handle.cancel()
+
+
+def _shown(events: Iterable[Event], *, text: bool, audio: bool) -> Iterator[Event]:
     """Pass the events on; print text, pipe audio, and show on a terminal how far it is."""
+    seconds = 0.0
     started = False
     with _progress(enabled=not (text and _is_tty(sys.stdout))) as show:
-        seconds = 0.0
-        try:
-            for event in events:
-                if isinstance(event, TextChunk) and text:
-                    _print(event.text)
-                elif isinstance(event, AudioChunk):
-                    if audio:
-                        head = b"" if started else _open_wav_header(event.sample_rate)
-                        _print(head + event.pcm.astype("<i2").tobytes())
-                        started = True
-                    seconds += len(event.pcm) / event.sample_rate
-                    show(f"{seconds:.1f} s of audio")
-                yield event
-        finally:
-            if hasattr(events, "close"):
-                events.close()  # cancels the request if it is still running
+        for event in events:
+            if isinstance(event, TextChunk) and text:
+                _print(event.text)
+            elif isinstance(event, AudioChunk):
+                if audio:
+                    head = b"" if started else open_wav_header(event.sample_rate)
+                    _print(head + event.pcm.astype("<i2").tobytes())
+                    started = True
+                seconds += len(event.pcm) / event.sample_rate
+                show(f"{seconds:.1f} s of audio")
+            yield event
 
 
 @contextmanager
@@ -279,179 +315,20 @@ def _progress(*, enabled: bool) -> Iterator[Callable[[str], None]]:
 
 
 def _print(data: str | bytes) -> None:
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
     if isinstance(data, str):
-        sys.stdout.write(data)
-    else:
-        sys.stdout.buffer.write(data)
-    sys.stdout.flush()
+        data = data.encode(sys.stdout.encoding or "utf-8", "replace")
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
-# output files
-
-
-def _holds(path: Path) -> tuple[str, ...]:
-    """The modalities that an output file can hold, by its extension."""
-    if path == STDOUT:
-        return HOLDS[".json"]
-    if path.suffix.lower() not in HOLDS:
-        raise InvalidRequest("--out", str(path), f"the extension must be one of {' '.join(HOLDS)}")
-    return HOLDS[path.suffix.lower()]
-
-
-def _check_outs(kinds: tuple[str, ...], outs: list[Path], *, force: bool, as_json: bool) -> None:
-    """Refuse outputs that cannot be written, before any work is done."""
-    for kind in kinds:
-        if kind != "text" and not any(kind in _holds(path) for path in outs):
-            fitting = " ".join(suffix for suffix, held in HOLDS.items() if kind in held)
-            pipe = {"audio": "WAV", "image": "PNG"}.get(kind, "NPY")
-            raise InvalidRequest(
-                "--out",
-                None,
-                f"{kind} needs a file to go to: -o NAME with one of {fitting}; "
-                f"or -o - to send {pipe} bytes to a pipe",
-            )
-    if STDOUT in outs and (as_json or len(kinds) > 1):
-        raise InvalidRequest("--out", "-", "a pipe takes one modality, and no --json beside it")
-    if STDOUT in outs and kinds != ("text",) and _is_tty(sys.stdout):
-        raise InvalidRequest("--out", "-", "stdout is a terminal; send it to a pipe or a file")
-    for path in outs:
-        if not any(kind in kinds for kind in _holds(path)):
-            raise InvalidRequest("--out", str(path), f"cannot hold {', '.join(kinds)}")
-        if outs.count(path) > 1:
-            raise InvalidRequest("--out", str(path), "is given twice")
-        if path == STDOUT:
-            continue
-        if not path.parent.is_dir():
-            raise InvalidRequest("--out", str(path), f"there is no folder {path.parent}")
-        if path.is_dir():
-            raise InvalidRequest("--out", str(path), "is a folder")
-        if os.path.lexists(path) and not force:
-            raise InvalidRequest("--out", str(path), "exists already; --force overwrites it")
-        if not os.access(path.parent, os.W_OK):
-            raise InvalidRequest("--out", str(path), f"the folder {path.parent} is read-only")
-
-
-def _save(
-    result: GenerateResult, kinds: tuple[str, ...], outs: list[Path], *, force: bool
-) -> list[str]:
-    """Write the result to every output; returns the paths of the files."""
-    contents = []
-    for path in outs:
-        if path == STDOUT:
-            suffix = {"text": ".txt", "audio": ".wav", "image": ".png"}.get(kinds[0], ".npy")
-            _print(_encode(result, suffix))
-            continue
-        contents.append((path, _encode(result, path.suffix.lower())))
-        if _holds(path) == ("image",):
-            numbered = (path.with_stem(f"{path.stem}-{n}") for n in range(2, 1 << 20))
-            free = (p for p in numbered if force or not os.path.lexists(p))
-            for index, other in zip(range(1, len(result.images)), free, strict=False):
-                contents.append((other, _encode(result, path.suffix.lower(), index)))
-    for path, data in contents:
-        _write(path, data, force=force)
-    return [str(path) for path, _ in contents]
-
-
-def _write(path: Path, data: bytes, *, force: bool) -> None:
-    """Write a whole file or none: through a hidden neighbour that is renamed at the end."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_bytes(data)
-        if os.path.lexists(path) and not force:
-            raise InvalidRequest("--out", str(path), "exists now; --force overwrites it")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _encode(result: GenerateResult, suffix: str, index: int = 0) -> bytes:
-    """The result as the bytes of a file of that kind."""
-    if suffix == ".txt":
-        return result.text.encode()
-    if suffix == ".json":
-        return json.dumps(_everything(result)).encode()
-    if suffix in (".npy", ".npz"):
-        return _encode_arrays(result, suffix)
-    if HOLDS[suffix] == ("audio",):
-        if result.audio is None:
-            raise _nothing("audio", result)
-        return _encode_audio(result.audio, suffix)
-    if not result.images:
-        raise _nothing("image", result)
-    if suffix == ".png":
-        return result.images[index]
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.open(io.BytesIO(result.images[index])).convert("RGB").save(out, "JPEG", quality=95)
-    return out.getvalue()
-
-
-def _encode_audio(audio: AudioBuffer, suffix: str) -> bytes:
-    if suffix == ".wav":
-        return audio.to_wav()
-    import soundfile
-
-    out = io.BytesIO()
-    kind = suffix.removeprefix(".").upper()
-    with soundfile.SoundFile(out, "w", audio.sample_rate, 1, format=kind) as file:
-        # libsndfile's Vorbis encoder keeps a whole write on the stack: a second at a time
-        for start in range(0, len(audio), audio.sample_rate):
-            file.write(audio.pcm[start : start + audio.sample_rate])
-    return out.getvalue()
-
-
-def _encode_arrays(result: GenerateResult, suffix: str) -> bytes:
-    arrays = {} if result.actions is None else {"actions": result.actions}
-    arrays |= {f"latents_{i}": latents for i, latents in enumerate(result.latents)}
-    if result.audio is not None:
-        arrays["audio"] = result.audio.pcm
-    if not arrays:
-        raise _nothing("array", result)
-    out = io.BytesIO()
-    if suffix == ".npy":
-        if len(arrays) > 1:
-            raise RequestFailed(f"there are {len(arrays)} arrays ({', '.join(arrays)}): use .npz")
-        np.save(out, next(iter(arrays.values())))
-    else:
-        rate = {} if result.audio is None else {"sample_rate": result.audio.sample_rate}
-        np.savez(out, **arrays, **rate)
-    return out.getvalue()
-
-
-def _nothing(what: str, result: GenerateResult) -> RequestFailed:
-    return RequestFailed(f"the model made no {what} (finish_reason={result.finish_reason})")
-
-
-def _open_wav_header(sample_rate: int) -> bytes:
-    """The header of a WAV of unknown length, as players expect from a pipe."""
-    header = bytearray(AudioBuffer(np.zeros(0, np.int16), sample_rate).to_wav())
-    header[4:8] = header[40:44] = struct.pack("<I", 0xFFFFFFFF)
-    return bytes(header)
-
-
-def _summary(result: GenerateResult, request_id: str, files: list[str]) -> dict[str, Any]:
-    return {
-        "request_id": request_id,
-        "text": result.text,
-        "finish_reason": result.finish_reason,
-        "usage": asdict(result.usage) if result.usage else None,
-        "files": files,
-    }
-
-
-def _everything(result: GenerateResult) -> dict[str, Any]:
-    """The result as plain data; images are base64 of PNG, audio is base64 of WAV."""
-    data = _summary(result, result.request_id or "", [])
-    del data["files"]
-    data["images"] = [base64.b64encode(image).decode() for image in result.images]
-    data["audio"] = result.audio and {
-        "sample_rate": result.audio.sample_rate,
-        "wav": base64.b64encode(result.audio.to_wav()).decode(),
-    }
-    data["actions"] = None if result.actions is None else result.actions.tolist()
-    data["latents"] = [latents.tolist() for latents in result.latents]
-    return data
+def _warn(result: GenerateResult) -> None:
+    """Say what else the user would only find out by looking at the files."""
+    if result.finish_reason == "length":
+        typer.echo("warning: cut off at the longest output allowed", err=True)
+    if result.audio is not None and len(result.audio) == 0:
+        typer.echo(f"warning: no sound (finish_reason={result.finish_reason})", err=True)
 
 
 # models
@@ -464,8 +341,7 @@ def models(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """List the models: what they take and make, their defaults, whether weights are here."""
-    with _errors(debug), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with _errors(debug):
         rows = []
         for card in [registry.find(name).card] if name else registry.cards():
             rows.append(_row(card))
@@ -473,8 +349,6 @@ def models(
                 rows.append(_row(card, tiny=True))
         if name in {row["name"] for row in rows}:
             rows = [row for row in rows if row["name"] == name]
-        for warning in caught:
-            typer.echo(f"warning: {warning.message}", err=True)
         if as_json:
             _print(json.dumps(rows[0] if name else rows, indent=2) + "\n")
         elif name:
@@ -547,9 +421,11 @@ def _columns(table: list[tuple[str, ...]]) -> list[str]:
 
 @contextmanager
 def _errors(debug: bool) -> Iterator[None]:
-    """Turn errors that users can understand into one line and an exit code."""
+    """Turn warnings, and errors that users can understand, into one line; set the exit code."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)
+            yield
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(130) from None
@@ -559,10 +435,18 @@ def _errors(debug: bool) -> Iterator[None]:
     except (MStarError, OSError) as error:
         if debug:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"error: {message}", err=True)
+        typer.echo(f"error: {_in_words(error)}", err=True)
         refused = isinstance(error, (InvalidRequest, ModelNotFound))
         raise typer.Exit(2 if refused else 1) from None
+
+
+def _in_words(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, InvalidRequest) and error.value is None:
+        text = f"{error.field}: {error.allowed}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _is_tty(stream: Any) -> bool:

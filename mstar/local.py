@@ -391,6 +391,8 @@ class Engine(GenerateMethods):
             self._live.pop(request.id, None)
         if was == "running":
             self._running -= 1
+        elif request in self._waiting:
+            self._waiting.remove(request)
         self._recorder.record(request)
         self._begin_waiting()
 

@@ -19,7 +19,8 @@ from mstar.engine.layers.attention import AttentionContext
 from mstar.engine.node import Node
 from mstar.engine.paged_context import PagedContext
 from mstar.engine.pages import PagesExhausted
-from mstar.engine.sampling import SamplerState, SamplingParams, sampler_for
+from mstar.engine.sampler import sampler_for
+from mstar.engine.sampling import SamplerState, SamplingParams
 from mstar.engine.spans import Span, Step, Tokens
 from mstar.engine.traps import Call
 from mstar.errors import OutOfMemory

@@ -1,4 +1,4 @@
-"""Choosing the next token: parameters, per-sequence state, and the sampler of a network.
+"""Choosing the next token: the parameters, and what is remembered of each sequence.
 
 The order is repetition penalty, presence and frequency penalties, logit bias, temperature, top-k,
 top-p, min-p, draw. Draws are counter based: number `n` of a sequence is a hash of its seed and `n`
@@ -10,25 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from mstar.engine.kernels.sample import bias, penalise, sample_batch, sample_row
-
-__all__ = [
-    "DeviceSampler",
-    "HostSampler",
-    "Sampler",
-    "SamplerState",
-    "SamplingParams",
-    "mix",
-    "sampler_for",
-    "uniform",
-]
+__all__ = ["DeviceState", "HostState", "SamplerState", "SamplingParams", "mix", "uniform"]
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -147,105 +132,3 @@ class DeviceState(SamplerState):
     """A state whose earlier tokens are row `slot` of the sampler's tables on the device."""
 
     slot = -1
-
-
-class Sampler(Protocol):
-    """Chooses the next tokens of a batch of sequences."""
-
-    def open(self, params: SamplingParams, prompt: Sequence[int]) -> SamplerState:
-        """The state of a new sequence."""
-
-    def close(self, state: SamplerState) -> None:
-        """The sequence has ended."""
-
-    def sample(self, logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
-        """The next token of every row, int64 `[batch]`, on the device of `logits`.
-
-        It is -1 where none can be chosen: the logits of the row hold NaN, or none is finite.
-
-        Args:
-            logits: float32 `[batch, vocab]`; it is overwritten.
-        """
-
-
-class HostSampler:
-    """Sampling on the CPU, row by row, without ever sorting a vocabulary."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def open(self, params: SamplingParams, prompt: Sequence[int]) -> HostState:
-        """The state of a new sequence."""
-        return HostState(params, prompt, self.vocab_size)
-
-    def close(self, state: SamplerState) -> None:
-        """The sequence has ended."""
-
-    def sample(self, logits: Tensor, states: Sequence[HostState]) -> Tensor:
-        """See `Sampler.sample`."""
-        tokens = [sample_row(row, s) for row, s in zip(logits.numpy(), states, strict=True)]
-        for token, state in zip(tokens, states, strict=True):
-            state.push(token)
-        return torch.tensor(tokens)
-
-
-class DeviceSampler:
-    """Sampling with dense operations on the device; the host never waits for a token.
-
-    How often each token is in the prompt and the output of each sequence is kept in two tables
-    `[slots, vocab]` that grow with the number of sequences that use penalties at a time.
-    """
-
-    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
-        self.vocab_size = vocab_size
-        self.device = device
-        self._in_prompt = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
-        self._in_output = torch.zeros(1, vocab_size, dtype=torch.int16, device=device)
-        self._free: list[int] = []  # row 0 stays empty: it serves whoever has no penalties
-
-    def open(self, params: SamplingParams, prompt: Sequence[int]) -> DeviceState:
-        """The state of a new sequence."""
-        state = DeviceState(params, self.vocab_size)
-        state.slot = 0
-        if params.penalises:
-            if not self._free:
-                self._grow()
-            ids = torch.tensor(prompt, dtype=torch.int64, device=self.device)
-            slot = self._free[-1]
-            self._in_output[slot] = 0
-            self._in_prompt[slot] = False
-            self._in_prompt[slot, ids] = True
-            state.slot = self._free.pop()
-        return state
-
-    def close(self, state: DeviceState) -> None:
-        """The sequence has ended."""
-        if state.slot > 0:
-            self._free.append(state.slot)
-        state.slot = -1
-
-    def sample(self, logits: Tensor, states: Sequence[DeviceState]) -> Tensor:
-        """See `Sampler.sample`."""
-        penalising = [s.params.penalises for s in states]
-        slots = torch.tensor([s.slot for s in states], device=logits.device)
-        if any(penalising):
-            logits = penalise(logits, self._in_prompt[slots], self._in_output[slots], states)
-        tokens = sample_batch(bias(logits, states), states)
-        if any(penalising):
-            used = torch.tensor(penalising, dtype=torch.int16, device=logits.device)
-            self._in_output.index_put_((slots, tokens), used, accumulate=True)
-        for state in states:
-            state.drawn += 1
-        return tokens
-
-    def _grow(self) -> None:
-        rows = self._in_prompt.shape[0]
-        more = max(8, rows)
-        self._in_prompt = F.pad(self._in_prompt, (0, 0, 0, more))
-        self._in_output = F.pad(self._in_output, (0, 0, 0, more))
-        self._free = list(range(rows + more - 1, rows - 1, -1))
-
-
-def sampler_for(device: torch.device, vocab_size: int) -> Sampler:
-    """The sampler that suits a device."""
-    return HostSampler(vocab_size) if device.type == "cpu" else DeviceSampler(vocab_size, device)

@@ -11,11 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import TYPE_CHECKING, Any, Protocol
-
-if TYPE_CHECKING:
-    from mstar.engine.node import Node
-    from mstar.engine.runtime import Runtime, Task
+from typing import Any, Protocol
 
 __all__ = ["Call", "Park", "Sleep", "Trap", "Waiter", "gather", "sleep", "spawn", "start"]
 
@@ -30,6 +26,36 @@ class Waiter(Protocol):
     def reject(self, error: BaseException) -> None: ...
 
 
+class CallQueue(Protocol):
+    """What a call needs of its node."""
+
+    name: str
+
+    def enqueue(self, call: Call) -> None: ...
+
+    def withdrawn(self, call: Call) -> None: ...
+
+
+class Begun(Protocol):
+    """Something under way that can be ended: a trap or a task."""
+
+    def withdraw(self) -> None: ...
+
+
+class Scheduler(Protocol):
+    """What traps need of the runtime."""
+
+    current: Any
+
+    def schedule(self, node: Any) -> None: ...
+
+    def call_later(self, seconds: float, callback: Callable[..., None], *args: Any) -> Any: ...
+
+    def spawn(
+        self, coroutine: Coroutine[Any, Any, Any], *, parent: Any = None, waiter: Any = None
+    ) -> Any: ...
+
+
 class Trap:
     """Base of everything that a coroutine can be suspended on."""
 
@@ -38,7 +64,7 @@ class Trap:
     def __await__(self) -> Generator[Trap, Any, Any]:
         return (yield self)
 
-    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+    def begin(self, runtime: Scheduler, waiter: Waiter) -> None:
         """Arrange that `waiter` hears of the outcome."""
         raise NotImplementedError
 
@@ -52,14 +78,14 @@ class Call(Trap):
 
     __slots__ = ("node", "payload", "sequence", "size", "waiter")
 
-    def __init__(self, node: Node, payload: Any) -> None:
+    def __init__(self, node: CallQueue, payload: Any) -> None:
         self.node = node
         self.payload = payload
         self.waiter: Waiter | None = None
         self.sequence = 0
         self.size = 0
 
-    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+    def begin(self, runtime: Scheduler, waiter: Waiter) -> None:
         if self.waiter is not None:
             raise RuntimeError(f"a call of {self.node.name} was awaited twice")
         self.waiter = waiter
@@ -83,7 +109,7 @@ class Park(Trap):
         self.forget = forget
         self.waiter: Waiter | None = None
 
-    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+    def begin(self, runtime: Scheduler, waiter: Waiter) -> None:
         self.waiter = waiter
         self.register(waiter)
 
@@ -101,7 +127,7 @@ class Sleep(Trap):
         self.seconds = seconds
         self.timer: Any = None
 
-    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+    def begin(self, runtime: Scheduler, waiter: Waiter) -> None:
         self.timer = runtime.call_later(self.seconds, waiter.resolve, None)
 
     def withdraw(self) -> None:
@@ -130,13 +156,13 @@ class _Gather(Trap):
 
     def __init__(self, branches: tuple[Awaitable[Any], ...]) -> None:
         self.branches = branches
-        self.begun: dict[int, Trap | Task] = {}  # by index; without those that have ended
+        self.begun: dict[int, Begun] = {}  # by index; without those that have ended
         self.started = 0
         self.results: list[Any] = [_NOTHING] * len(branches)
         self.pending = len(branches)
         self.waiter: Waiter | None = None
 
-    def begin(self, runtime: Runtime, waiter: Waiter) -> None:
+    def begin(self, runtime: Scheduler, waiter: Waiter) -> None:
         self.waiter = waiter
         if not self.branches:
             waiter.resolve([])
@@ -188,7 +214,7 @@ def sleep(seconds: float) -> Awaitable[None]:
     return Sleep(seconds)
 
 
-def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
+def spawn(coroutine: Coroutine[Any, Any, Any]) -> Awaitable[Any]:
     """Start a child walk of the running one. Await the task for its result.
 
     The child ends at the latest when its parent does; an error in it that nobody awaits is raised
@@ -196,14 +222,14 @@ def spawn(coroutine: Coroutine[Any, Any, Any]) -> Task:
     """
     if not inspect.iscoroutine(coroutine):
         raise TypeError(f"spawn() takes a coroutine, not a {type(coroutine).__name__}")
-    runtime: Runtime | None = getattr(_thread, "runtime", None)
+    runtime: Scheduler | None = getattr(_thread, "runtime", None)
     if runtime is None or runtime.current is None:
         coroutine.close()
         raise RuntimeError("spawn() is for use inside a walk")
     return runtime.spawn(coroutine, parent=runtime.current)
 
 
-def start(runtime: Runtime, awaitable: Awaitable[Any], waiter: Waiter) -> Trap | Task:
+def start(runtime: Scheduler, awaitable: Awaitable[Any], waiter: Waiter) -> Begun:
     """Begin anything that can be awaited; the returned object's `withdraw()` ends it."""
     if isinstance(awaitable, Trap):
         awaitable.begin(runtime, waiter)
@@ -219,6 +245,6 @@ async def _result_of(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-def bind_thread(runtime: Runtime | None) -> None:
+def bind_thread(runtime: Scheduler | None) -> None:
     """Make `spawn` on this thread belong to `runtime`."""
     _thread.runtime = runtime

@@ -4,14 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mstar.engine.sampling import (
-    DeviceSampler,
-    HostSampler,
-    SamplingParams,
-    mix,
-    sampler_for,
-    uniform,
-)
+from mstar.engine.sampler import DeviceSampler, HostSampler, sampler_for
+from mstar.engine.sampling import SamplingParams, mix, uniform
 
 VOCAB = 300
 EVERY_KIND = [

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mstar.engine.kernels.sample import bias, penalise, sample_batch, sample_row
-from mstar.engine.sampling import DeviceSampler, HostSampler, HostState, SamplingParams
+from mstar.engine.sampler import DeviceSampler, HostSampler
+from mstar.engine.sampling import HostState, SamplingParams
 
 GOLDENS = Path(__file__).parents[2] / "data" / "orpheus" / "goldens.safetensors"
 
