@@ -116,17 +116,13 @@ def generate(
         piped = kinds[0] if STDOUT in outs else None
         shown = not as_json and not any("text" in modalities_of(path) for path in files)
         text_out = piped == "text" or ("text" in kinds and shown)
-        request["stream"] = text_out if stream is None else stream
-        live_text, live_audio = (
-            text_out and stream is not False,
-            piped == "audio" and stream is True,
-        )
+        live = request["stream"] = text_out if stream is None else stream
         options = {"device": device, "dtype": dtype, "load_format": load_format}
         with _engine(model, weights=places, **options) as engine:
-            result = _run(engine, request, text=live_text, audio=live_audio)
+            result = _run(engine, request, text=text_out and live, audio=piped == "audio" and live)
         if text_out:
-            _print(("" if live_text else result.text) + "\n" * (not result.text.endswith("\n")))
-        elif piped and not live_audio:
+            _print(("" if live else result.text) + "\n" * (not result.text.endswith("\n")))
+        elif piped and not (piped == "audio" and live):
             _print(encode(result, PIPED[piped]))
         with _as_out():
             written = [str(path) for path in save(result, files, overwrite=force)]
@@ -178,15 +174,19 @@ def _unique(field: str, pairs: Iterable[Iterable[str]]) -> dict[str, str]:
 
 def _modalities(card: ModelCard, asked: str | None, outs: list[Path]) -> tuple[str, ...]:
     """What to make: as asked, else what the output files hold, else the model's default."""
+    makes = f"{card.name} makes {', '.join(card.outputs)}"
     if asked is not None:
-        wanted = [("--modality", kind.strip(), kind.strip()) for kind in asked.split(",")]
+        kinds = [kind.strip() for kind in asked.split(",")]
+        for kind in kinds:
+            if kind not in card.outputs:
+                raise InvalidRequest("--modality", kind, makes)
     else:
-        held = [(path, _held(path)) for path in outs]
-        wanted = [("--out", str(path), kinds[0]) for path, kinds in held if len(kinds) == 1]
-    for option, given, kind in wanted:
-        if kind not in card.outputs:
-            raise InvalidRequest(option, given, f"{card.name} makes {', '.join(card.outputs)}")
-    return tuple(dict.fromkeys(kind for _, _, kind in wanted)) or card.default_output
+        kinds = [_held(path)[0] for path in outs if len(_held(path)) == 1]
+        for path in outs:
+            if not set(_held(path)) & set(card.outputs):
+                held = ", ".join(_held(path))
+                raise InvalidRequest("--out", str(path), f"such a file holds {held}; {makes}")
+    return tuple(dict.fromkeys(kinds)) or card.default_output
 
 
 def _held(path: Path) -> tuple[str, ...]:
@@ -232,6 +232,8 @@ def _as_out() -> Iterator[None]:
         hint = "exists already; --force overwrites it"
         raise InvalidRequest("--out", error.filename, hint) from None
     except InvalidRequest as error:
+        if error.field not in ("path", "format"):
+            raise
         raise InvalidRequest("--out", error.value, error.allowed) from None
 
 
@@ -309,7 +311,8 @@ def _progress(*, enabled: bool) -> Iterator[Callable[[str], None]]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
         task = progress.add_task("generating", total=None)
         yield lambda label: progress.update(task, description=f"generating: {label}")
 
@@ -421,7 +424,7 @@ def _columns(table: list[tuple[str, ...]]) -> list[str]:
 
 @contextmanager
 def _errors(debug: bool) -> Iterator[None]:
-    """Turn warnings, and errors that users can understand, into one line; set the exit code."""
+    """Make warnings, and errors that users can understand, one line; set the exit code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_: typer.echo(f"warning: {message}", err=True)

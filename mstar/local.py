@@ -29,7 +29,7 @@ from mstar.errors import EngineClosed, EngineOverloaded, InvalidRequest, Request
 from mstar.models import registry
 from mstar.models.base import Model
 from mstar.models.inputs import gather_inputs, output_modalities_for
-from mstar.models.loading import load_model
+from mstar.models.loading import device_for, load_model
 from mstar.types import Event, GenerateResult
 
 __all__ = ["Engine", "Handle"]
@@ -58,7 +58,8 @@ class Engine(GenerateMethods):
         look_ahead: launch the next decode step before the last token is read (default: on a GPU).
         cpu_threads: threads that operations on a CPU use; if left out, one for a small model and
             torch's own setting otherwise. Other threads of the process keep theirs.
-        warmup: run or capture beforehand what the first request would wait for.
+        warmup: run or capture beforehand what the first request would wait for (default: on a
+            GPU, whose decode steps are only replayed once they were captured).
         progress: show a bar on stderr while weights are read (default: if that is a terminal).
 
     Raises:
@@ -83,7 +84,7 @@ class Engine(GenerateMethods):
         prefix_cache: bool = True,
         look_ahead: bool | None = None,
         cpu_threads: int | None = None,
-        warmup: bool = False,
+        warmup: bool | None = None,
         progress: bool | None = None,
     ) -> None:
         _check_sizes(
@@ -97,11 +98,12 @@ class Engine(GenerateMethods):
             raise InvalidRequest("max_queue", max_queue, "must be at least 0")
         if not 0 < memory_fraction <= 1:
             raise InvalidRequest("memory_fraction", memory_fraction, "must be above 0, at most 1")
+        self.device = device_for(device)
         target = registry.find(model, weights)
         self.card = target.card
         self.model: Model = load_model(
             target,
-            device=device,
+            device=self.device,
             dtype=dtype,
             load_format=load_format,
             kv_tokens=kv_tokens,
@@ -128,7 +130,7 @@ class Engine(GenerateMethods):
         self._thread = threading.Thread(target=self._serve, name="mstar-engine", daemon=True)
         self._thread.start()
         atexit.register(self.close)
-        if warmup:
+        if self.device.type == "cuda" if warmup is None else warmup:
             self.warmup()
 
     # -- generating ------------------------------------------------------------------------------
@@ -355,6 +357,8 @@ class Engine(GenerateMethods):
     def _serve(self) -> None:
         try:
             use_threads(self._threads)
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
             with torch.inference_mode():
                 self._runtime.run()
         except BaseException as error:
@@ -366,9 +370,12 @@ class Engine(GenerateMethods):
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[None]:
-        """What runs beside the engine's thread takes a share of the cores."""
+        """What runs beside the engine's thread has a share of the cores, or a stream of its own."""
         use_threads(max(1, self._threads // 4))
-        with torch.inference_mode():
+        side = contextlib.nullcontext()
+        if self.device.type == "cuda":
+            side = torch.cuda.stream(torch.cuda.Stream(self.device))
+        with torch.inference_mode(), side:
             yield
 
     def _admit(self, request: Request) -> None:

@@ -1,7 +1,9 @@
 """The command line: what it refuses, what it writes, and where."""
 
+import errno
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -29,7 +31,6 @@ from mstar.types import (
     LatentChunk,
     TextChunk,
     Usage,
-    fold,
 )
 
 TOY = ModelCard(
@@ -70,6 +71,7 @@ class StubEngine:
     made: list["StubEngine"]
     fails: BaseException | None = None
     images = 1
+    end = "stop"
 
     def __init__(self, model, **options):
         self.model, self.options, self.closed, self.request = model, options, False, None
@@ -81,16 +83,27 @@ class StubEngine:
     def __exit__(self, *exc):
         self.closed = True
 
-    def generate(self, *, stream=False, **request):
-        self.request = {**request, "stream": stream}
-        return self._events() if stream else fold(self._events(), request["request_id"])
+    def submit(self, **request):
+        self.request = request
+        return self
 
-    def _events(self):
+    request_id = "req-1"
+    cancelled = False
+
+    def cancel(self):
+        self.cancelled = True
+
+    def __iter__(self):
         for kind in self.request["output_modalities"]:
             yield from MADE[kind] * (self.images if kind == "image" else 1)
         if self.fails is not None:
             raise self.fails
-        yield Event(finish_reason="stop", usage=Usage(prompt_tokens=3, generated_tokens=5))
+        yield Event(finish_reason=self.end, usage=Usage(prompt_tokens=3, generated_tokens=5))
+
+
+def put_in_registry(monkeypatch, name, load):
+    plugin = types.SimpleNamespace(name=name, value=f"{name}:CARD", load=load)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [plugin])
 
 
 @pytest.fixture
@@ -100,8 +113,7 @@ def engine(monkeypatch):
     class Engine(StubEngine):
         made = []  # noqa: RUF012  (a fresh list per test)
 
-    plugin = types.SimpleNamespace(name="toy", value="toy:CARD", load=lambda: TOY)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [plugin])
+    put_in_registry(monkeypatch, "toy", lambda: TOY)
     monkeypatch.setitem(sys.modules, "mstar.local", types.SimpleNamespace(Engine=Engine))
     return Engine
 
@@ -136,7 +148,6 @@ def test_text_goes_to_stdout_and_nothing_else_does(engine):
     assert made.closed
     assert made.model == "toy"
     assert made.options == {"weights": None, "device": None, "dtype": None, "load_format": "auto"}
-    assert made.request.pop("request_id")
     assert made.request == {
         "text": "hello",
         "steps": 2,
@@ -157,7 +168,9 @@ def test_the_prompt_can_be_piped(engine, args):
 
 
 def test_no_prompt_at_all_is_refused(engine):
-    assert refused(run("generate", "toy", stdin=""), "prompt", "nothing to work on")
+    assert refused(run("generate", "toy", stdin=""), "error: prompt: nothing to work on")
+    for empty in ("", " \n"):
+        assert refused(run("generate", "toy", empty), "nothing to work on")
     assert refused(run("generate", "toy", stdin=b"\xff\xfe"), "stdin", "UTF-8")
     assert engine.made == []
 
@@ -182,7 +195,7 @@ def test_json_is_one_object_on_stdout(engine, folder):
     data = json.loads(result.stdout)
     assert (data["text"], data["finish_reason"], data["files"]) == ("grüße", "stop", ["a.wav"])
     assert data["usage"]["generated_tokens"] == 5
-    assert data["request_id"] == engine.made[0].request["request_id"]
+    assert data["request_id"] == "req-1"
 
 
 # attachments
@@ -209,44 +222,35 @@ def test_attachments_that_do_not_fit_are_refused(engine, folder):
 # output files
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
-def test_audio_is_written_as_the_extension_says(engine, folder, kind):
-    result = run("generate", "toy", "x", "-o", f"a.{kind}")
-    assert (result.exit_code, result.stdout) == (0, "")
-    assert f"wrote a.{kind}" in result.stderr
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("a.wav", "WAV"), ("a.FLAC", "FLAC"), ("a.ogg", "OGG"), ("a.opus", "OGG"), ("a.mp3", "MP3")],
+)
+def test_audio_is_written_as_the_extension_says(engine, folder, name, form):
+    result = run("generate", "toy", "x", "-o", name)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", f"wrote {name}\n")
     assert engine.made[0].request["output_modalities"] == ("audio",)
-    info = soundfile.info(f"a.{kind}")
-    assert (info.format, info.samplerate, info.channels) == (kind.upper(), 24000, 1)
-    if kind in ("wav", "flac"):
-        samples, _ = soundfile.read(f"a.{kind}", dtype="int16")
-        assert np.array_equal(samples, np.concatenate([pcm(3000), pcm(1000)]))
+    assert engine.made[0].request["stream"] is False
+    info = soundfile.info(name)
+    assert (info.format, info.samplerate, info.frames) == (form, 24000, 4000)
 
 
-def test_images_are_written_and_further_ones_are_numbered(engine, folder):
+def test_further_images_are_numbered(engine, folder):
     engine.images = 3
     Path("a-2.png").write_text("mine")
-    assert "a.png" in run("generate", "toy", "x", "-o", "a.png").stderr
-    assert Path("a.png").read_bytes() == Path("a-4.png").read_bytes() == png("red")
+    result = run("generate", "toy", "x", "-o", "a.png")
+    assert result.stderr == "wrote a.png\nwrote a-3.png\nwrote a-4.png\n"
     assert Path("a-2.png").read_text() == "mine"
-    run("generate", "toy", "x", "-o", "b.jpg")
-    assert Image.open("b.jpg").format == "JPEG"
 
 
-def test_arrays_text_and_everything_can_be_written(engine, folder):
-    assert run("generate", "toy", "x", "-m", "action", "-o", "a.npy").exit_code == 0
-    assert np.load("a.npy").shape == (2, 3)
-    assert run("generate", "toy", "x", "-m", "action,latent,audio", "-o", "a.npz").exit_code == 0
-    arrays = np.load("a.npz")
-    assert set(arrays) == {"actions", "latents_0", "audio", "sample_rate"}
-    assert run("generate", "toy", "x", "-o", "a.txt").stdout == ""
+def test_several_files_hold_what_their_extensions_say(engine, folder):
+    outs = ["-o", "a.npz", "-o", "a.txt", "-o", "a.json", "-o", "a.png"]
+    result = run("generate", "toy", "x", "-m", ",".join(TOY.outputs), *outs)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert np.load("a.npz")["actions"].shape == (2, 3)
     assert Path("a.txt").read_text(encoding="utf-8") == "grüße"
-    kinds = ",".join(TOY.outputs)
-    assert run("generate", "toy", "x", "-m", kinds, "-o", "a.json").exit_code == 0
-    data = json.loads(Path("a.json").read_text())
-    assert data["actions"] == [[1, 1, 1], [1, 1, 1]]
-    assert data["text"] == "grüße"
-    assert data["audio"]["sample_rate"] == 24000
-    assert len(data["images"]) == len(data["latents"]) == 1
+    assert json.loads(Path("a.json").read_text())["request_id"] == "req-1"
+    assert Path("a.png").read_bytes() == png("red")
 
 
 def test_text_streams_beside_an_audio_file(engine, folder):
@@ -259,9 +263,18 @@ def test_audio_can_be_piped(engine):
     whole = run("generate", "toy", "x", "-m", "audio", "-o", "-").stdout_bytes
     with wave.open(io.BytesIO(whole)) as file:
         assert (file.getframerate(), file.getnframes()) == (24000, 4000)
+    assert engine.made[0].request["stream"] is False
     live = run("generate", "toy", "x", "-m", "audio", "-o", "-", "--stream").stdout_bytes
+    assert engine.made[1].request["stream"] is True
     assert live[44:] == whole[44:]
     assert live[4:8] == live[40:44] == b"\xff" * 4
+
+
+def test_what_else_is_made_can_be_piped(engine):
+    assert run("generate", "toy", "x", "-o", "-").stdout == "grüße\n"
+    assert run("generate", "toy", "x", "-m", "image", "-o", "-").stdout_bytes == png("red")
+    array = np.load(io.BytesIO(run("generate", "toy", "x", "-m", "action", "-o", "-").stdout_bytes))
+    assert array.shape == (2, 3)
 
 
 def test_a_file_that_exists_is_kept_unless_forced(engine, folder):
@@ -277,7 +290,7 @@ def test_a_file_that_appears_meanwhile_is_kept(engine, folder):
     engine.__exit__ = lambda self, *exc: Path("a.wav").write_text("theirs")
     result = run("generate", "toy", "x", "-o", "a.wav")
     assert result.exit_code == 2
-    assert "exists now" in result.stderr
+    assert result.stderr == "error: --out='a.wav': exists already; --force overwrites it\n"
     assert [p.name for p in folder.iterdir()] == ["a.wav"]
     assert Path("a.wav").read_text() == "theirs"
 
@@ -285,8 +298,10 @@ def test_a_file_that_appears_meanwhile_is_kept(engine, folder):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["-m", "audio"], ["audio needs a file", "-o - to send WAV bytes"]),
-        (["-m", "smell"], ["modality='smell'", "text, image, audio"]),
+        (["-m", "audio"], ["--out: audio needs a file", "-o - to send WAV bytes"]),
+        (["-m", "smell"], ["--modality='smell'", "text, image, audio"]),
+        (["-m", "text,"], ["--modality=''"]),
+        (["--attach", "a.png"], ["--attach='a.png'", "No such file"]),
         (["-o", "a.doc"], ["a.doc", ".wav"]),
         (["-o", "a"], ["extension"]),
         (["-o", "no/such/a.wav"], ["no folder no/such"]),
@@ -336,7 +351,24 @@ def test_a_failure_is_one_line_and_leaves_no_file(engine, folder, error, code):
     assert result.stderr.count("\n") == 1
     assert (str(error) or "interrupted") in result.stderr
     assert list(folder.iterdir()) == []
+    assert engine.made[0].cancelled
     assert engine.made[0].closed
+
+
+def test_a_closed_stdin_or_stdout_is_one_line(engine, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "sys", types.SimpleNamespace(stdin=None, stdout=sys.stdout))
+        with pytest.raises(cli.InvalidRequest, match="nothing to work on"):
+            cli._inputs(TOY, None, [])
+        patch.setattr(cli, "sys", types.SimpleNamespace(stdin=None, stdout=None))
+        with pytest.raises(OSError, match="standard output is closed"):
+            cli._print("x")
+
+
+def test_an_error_of_the_system_names_the_file(engine):
+    engine.fails = OSError(errno.ENOSPC, "No space left on device", "some/file")
+    result = run("generate", "toy", "x")
+    assert (result.exit_code, result.stderr) == (1, "error: some/file: No space left on device\n")
 
 
 def test_debug_shows_the_traceback(engine):
@@ -352,6 +384,25 @@ def test_an_answer_without_the_thing_asked_for_is_a_failure(engine, folder, monk
     assert result.exit_code == 1
     assert "made no audio (finish_reason=stop)" in result.stderr
     assert list(folder.iterdir()) == []
+
+
+def test_sound_without_samples_is_a_wav_and_a_warning(engine, folder, monkeypatch):
+    monkeypatch.setitem(MADE, "audio", [AudioChunk(pcm(0), 24000)])
+    result = run("generate", "toy", "x", "-o", "a.wav")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr == "wrote a.wav\nwarning: no sound (finish_reason=stop)\n"
+    assert soundfile.info("a.wav").frames == 0
+    result = run("generate", "toy", "x", "-o", "a.mp3")
+    assert result.exit_code == 1
+    assert result.stderr == "error: the model made no audio (finish_reason=stop)\n"
+
+
+def test_an_answer_that_was_cut_off_is_a_warning(engine, monkeypatch):
+    monkeypatch.setitem(MADE, "text", [TextChunk("gr")])
+    engine.end = "length"
+    result = run("generate", "toy", "x")
+    assert (result.exit_code, result.stdout) == (0, "gr\n")
+    assert result.stderr == "warning: cut off at the longest output allowed\n"
 
 
 # models
@@ -408,8 +459,7 @@ def test_models_shows_all_about_one(cache):
 
 
 def test_a_broken_plug_in_is_a_warning_line(cache, monkeypatch):
-    plugin = types.SimpleNamespace(name="bad", value="bad:CARD", load=lambda: 1 / 0)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [plugin])
+    put_in_registry(monkeypatch, "bad", lambda: 1 / 0)
     result = run("models")
     assert "orpheus" in result.stdout
     assert result.stderr.count("warning: the plug-in for 'bad'") == 1
@@ -422,7 +472,9 @@ def test_the_version():
     assert run("--version").stdout == f"mstar {mstar.__version__}\n"
 
 
-@pytest.mark.parametrize("args", [["--version"], ["--help"], ["models"]])
+@pytest.mark.parametrize(
+    "args", [["--version"], ["--help"], ["generate", "--help"], ["models"], ["models", "orpheus"]]
+)
 def test_what_runs_no_model_needs_neither_torch_nor_transformers(args):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
@@ -435,16 +487,16 @@ def test_ctrl_c_cancels_and_exits_with_130(tmp_path):
     code = f"""
 import sys, threading, types
 class Engine:
+    request_id = "req-1"
     def __init__(self, model, **options): pass
     def __enter__(self): return self
     def __exit__(self, *exc): print("closed", file=sys.stderr)
-    def generate(self, **request):
-        try:
-            print("started", file=sys.stderr, flush=True)
-            threading.Event().wait(60)
-            yield
-        finally:
-            print("cancelled", file=sys.stderr)
+    def submit(self, **request): return self
+    def cancel(self): print("cancelled", file=sys.stderr)
+    def __iter__(self):
+        print("started", file=sys.stderr, flush=True)
+        threading.Event().wait(60)
+        yield
 sys.modules["mstar.local"] = types.SimpleNamespace(Engine=Engine)
 sys.argv = ["mstar", "generate", "orpheus-tiny", "hi", "-o", {str(tmp_path / "a.wav")!r}]
 from mstar.cli import main
@@ -470,7 +522,10 @@ class Engine:
     def __init__(self, model, **options): pass
     def __enter__(self): return self
     def __exit__(self, *exc): pass
-    def generate(self, **request):
+    def submit(self, **request): return self
+    def cancel(self): pass
+    request_id = "req-1"
+    def __iter__(self):
         while True:
             yield TextChunk("a" * 1000)
 sys.modules["mstar.local"] = types.SimpleNamespace(Engine=Engine)
@@ -487,30 +542,89 @@ main()
     process.stderr.close()
 
 
+def test_a_bar_on_the_terminal_leaves_the_pipe_alone(tmp_path):
+    code = """
+import sys, types
+import numpy as np
+from mstar.types import AudioChunk
+class Engine:
+    request_id = "req-1"
+    def __init__(self, model, **options): pass
+    def __enter__(self): return self
+    def __exit__(self, *exc): pass
+    def submit(self, **request): return self
+    def cancel(self): pass
+    def __iter__(self):
+        yield AudioChunk(np.zeros(24000, np.int16), 24000)
+        assert sys.stdout is sys.__stdout__
+sys.modules["mstar.local"] = types.SimpleNamespace(Engine=Engine)
+sys.argv = ["mstar", "generate", "orpheus-tiny", "hi", "-o", "-", "--stream"]
+from mstar.cli import main
+main()
+"""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=60, check=True)
+    os.close(theirs)
+    assert b"generating" in os.read(ours, 1 << 16)
+    os.close(ours)
+    assert len(done.stdout) == 44 + 48000
+
+
 # end to end
 
+TEXT = "Hello there, how are you doing today?"
+GREEDY = ["-s", "temperature=0", "-s", "repetition_penalty=1", "-s", "codec_noise=off"]
+FOR_EVER = ["-s", "ignore_eos=true", "-s", "max_output_tokens=50000"]
 
-def mstar_command(*args, cwd, **kwargs):
-    command = [sys.executable, "-m", "mstar.cli", *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=120, **kwargs)
+
+def mstar_command(*args):
+    return [sys.executable, "-m", "mstar.cli", "generate", "orpheus-tiny", *args]
+
+
+def speak(*args, cwd, **kwargs):
+    command = mstar_command(*args, *GREEDY)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, timeout=120, **kwargs)
+    assert done.returncode == 0, done.stderr.decode()
+    return done
 
 
 def test_orpheus_tiny_speaks(tmp_path):
-    text = "Hello there, how are you doing today?"
-    options = ["-o", "x.wav", "-s", "temperature=0", "--json"]
-    done = mstar_command("generate", "orpheus-tiny", text, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr.decode()
+    done = speak(TEXT, "-o", "x.wav", "--json", cwd=tmp_path)
     info = soundfile.info(tmp_path / "x.wav")
     assert (info.frames, info.samplerate, info.channels) == (24576, 24000, 1)
+    assert info.subtype == "PCM_16"
     data = json.loads(done.stdout)
     assert data["finish_reason"] == "stop"
     assert data["files"] == ["x.wav"]
     assert data["usage"]["audio_seconds"] == pytest.approx(1.024)
+    assert done.stderr == b""
 
 
-def test_orpheus_tiny_speaks_into_a_pipe(tmp_path):
-    text = b"Hello there, how are you doing today?\n"
-    options = ["-m", "audio", "-o", "-", "-s", "temperature=0", "--stream"]
-    done = mstar_command("generate", "orpheus-tiny", *options, cwd=tmp_path, input=text)
-    assert done.returncode == 0, done.stderr.decode()
-    assert len(done.stdout) == 44 + 2 * 24576
+def test_orpheus_tiny_speaks_the_same_live_and_whole_through_a_pipe(tmp_path):
+    live = speak("-m", "audio", "-o", "-", "--stream", cwd=tmp_path, input=TEXT.encode() + b"\n")
+    whole = speak("-o", "-", cwd=tmp_path, input=TEXT.encode())
+    assert live.stderr == whole.stderr == b""
+    assert len(live.stdout) == len(whole.stdout) == 44 + 2 * 24576
+    samples = [np.frombuffer(done.stdout[44:], "<i2").astype(int) for done in (live, whole)]
+    assert np.abs(samples[0] - samples[1]).max() <= 1
+
+
+def test_ctrl_c_ends_a_long_speech(tmp_path):
+    command = mstar_command(TEXT, "-o", "-", "--stream", *FOR_EVER)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe)
+    process.stdout.read(44 + 4096)  # it is speaking now
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"interrupted\n")
+
+
+def test_a_listener_who_leaves_ends_the_speech(tmp_path):
+    command = mstar_command(TEXT, "-o", "-", "--stream", *FOR_EVER)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe) as process:
+        process.stdout.read(44 + 4096)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 1

@@ -114,6 +114,7 @@ class DecodeGraphs:
                 self.forward(ids, positions, context)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # Only this thread is bound by what may happen during a capture: others go on working.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             outputs = self.forward(ids, positions, context)
         return _Captured(graph, ids, positions, slots, batch, outputs)

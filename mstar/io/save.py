@@ -73,7 +73,7 @@ def check_path(path: Path, *, overwrite: bool = False) -> None:
     if path.exists() and not path.is_file():
         raise InvalidRequest("path", str(path), "is not a regular file")
     if os.path.lexists(path) and not overwrite:
-        raise _exists(path)
+        raise FileExistsError(errno.EEXIST, "exists already", str(path))
     if not os.access(path.parent, os.W_OK):
         raise InvalidRequest("path", str(path), f"the folder {path.parent} cannot be written to")
 
@@ -116,11 +116,11 @@ def write_file(path: Path, data: bytes, *, overwrite: bool = False) -> None:
     try:
         beside.write_bytes(data)
         if not overwrite:
-            try:
-                path.touch(exist_ok=False)  # nobody else can take the name from here on
-            except FileExistsError:
-                raise _exists(path) from None
+            path.touch(exist_ok=False)  # nobody else can take the name from here on
         os.replace(beside, path)
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None  # not the neighbour, which nobody knows
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -132,6 +132,8 @@ def encode(result: GenerateResult, suffix: str, index: int = 0) -> bytes:
         RequestFailed: the result lacks what such a file holds.
         InvalidRequest: the extension is not known, or the format cannot hold that sound.
     """
+    if suffix not in HOLDS:
+        raise InvalidRequest("suffix", suffix, f"must be one of {' '.join(HOLDS)}")
     if suffix == ".txt":
         return result.text.encode()
     if suffix == ".json":
@@ -142,7 +144,6 @@ def encode(result: GenerateResult, suffix: str, index: int = 0) -> bytes:
         if result.audio is None or (len(result.audio) == 0 and suffix != ".wav"):
             raise _nothing("audio", result)
         return encode_audio(result.audio, suffix.removeprefix("."))
-    modalities_of(Path(f"_{suffix}"))
     if not result.images:
         raise _nothing("image", result)
     return result.images[index] if suffix == ".png" else _to_jpeg(result.images[index])
@@ -200,10 +201,6 @@ def _to_jpeg(png: bytes) -> bytes:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _exists(path: Path) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, "exists already", str(path))
 
 
 def _nothing(what: str, result: GenerateResult) -> RequestFailed:

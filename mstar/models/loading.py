@@ -23,7 +23,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 def load_model(
     target: Target,
     *,
-    device: str | torch.device | None,
+    device: torch.device,
     dtype: str | torch.dtype | None,
     load_format: str,
     progress: bool | None,
@@ -36,20 +36,22 @@ def load_model(
     """
     if load_format not in ("auto", "dummy"):
         raise InvalidRequest("load_format", load_format, "must be 'auto' or 'dummy'")
-    where = device_for(device)
     dummy = load_format == "dummy"
     bar = _ProgressBar() if (sys.stderr.isatty() if progress is None else progress) else None
     setup = Setup(
         folders=_folders(target, dummy, bar is not None),
-        device=where,
-        dtype=dtype_for(dtype, where),
+        device=device,
+        dtype=dtype_for(dtype, device),
         dummy=dummy,
         progress=bar,
         **options,
     )
     try:
         with torch.inference_mode():
-            return target.card.load_class().load(setup)
+            model = target.card.load_class().load(setup)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams will read what was loaded
+        return model
     finally:
         if bar is not None:
             bar.close()
@@ -106,7 +108,9 @@ class _ProgressBar:
 
         if self._bar is None or self._bar.total != total:
             self.close()
-            self._bar = tqdm(total=total, desc="loading", unit="tensor", file=sys.stderr)
+            self._bar = tqdm(
+                total=total, desc="loading", unit="tensor", file=sys.stderr, leave=False
+            )
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:

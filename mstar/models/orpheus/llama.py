@@ -73,10 +73,12 @@ class LlamaConfig:
         return cls.from_dict(json.loads(Path(path).read_text()))
 
 
-class _Norm(nn.Module):
-    def __init__(self, size: int) -> None:
+class _Weight(nn.Module):
+    """One parameter called `weight`, not initialised (torch's own modules take a second for it)."""
+
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(shape))
 
 
 class _Attention(nn.Module):
@@ -100,18 +102,18 @@ class _MLP(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.input_layernorm = _Norm(config.hidden_size)
+        self.input_layernorm = _Weight(config.hidden_size)
         self.self_attn = _Attention(config)
-        self.post_attention_layernorm = _Norm(config.hidden_size)
+        self.post_attention_layernorm = _Weight(config.hidden_size)
         self.mlp = _MLP(config)
 
 
 class _Body(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _Weight(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = _Norm(config.hidden_size)
+        self.norm = _Weight(config.hidden_size)
 
 
 class Llama(nn.Module):

@@ -79,8 +79,10 @@ class Orpheus(Model):
         try:
             config = LlamaConfig.from_file(folders["lm"] / "config.json")
             codec = SnacConfig.from_file(folders["snac"] / "config.json")
+        except FileNotFoundError as error:
+            raise WeightsError(f"there is no {error.filename}") from error
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"cannot read the config of orpheus: {error}") from error
+            raise WeightsError(f"cannot use the config.json of orpheus: {error}") from error
         with torch.device("meta"):
             network, snac = Llama(config), SnacDecoder(codec)
         for part, module, dtype in (("lm", network, setup.dtype), ("snac", snac, torch.float32)):

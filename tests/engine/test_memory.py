@@ -1,0 +1,39 @@
+"""How much there is, and what running out of it looks like."""
+
+import pytest
+import torch
+
+from mstar.engine.kvcache import KVLayout
+from mstar.engine.memory import free_bytes, is_out_of_memory, kv_tokens_for
+
+CPU = torch.device("cpu")
+
+
+def test_free_memory_is_a_plausible_number():
+    assert 64 << 20 < free_bytes(CPU) < 1 << 50
+
+
+def test_the_cache_takes_a_share_of_the_free_memory_and_no_more_than_is_of_use():
+    layout = KVLayout(layers=28, kv_heads=8, head_dim=128)
+    assert layout.bytes_per_token(torch.bfloat16) == 114688  # the cost table of the reference
+    some, more = (
+        kv_tokens_for(layout, CPU, torch.bfloat16, fraction=share, at_most=1 << 40)
+        for share in (0.2, 0.8)
+    )
+    assert some < more
+    assert more * 114688 < free_bytes(CPU)
+    assert kv_tokens_for(layout, CPU, torch.bfloat16, fraction=0.9, at_most=2048) == 2048
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("can't allocate memory"), False),
+    ],
+)
+def test_only_a_lack_of_memory_is_worth_a_smaller_batch(error, answer):
+    assert is_out_of_memory(error) is answer
