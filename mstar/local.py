@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import contextlib
-import logging
-import threading
+import gc
 import time
 import uuid
-from collections import deque
+import weakref
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -19,13 +17,12 @@ import torch
 
 from mstar.client import GenerateMethods
 from mstar.engine.handle import Handle
-from mstar.engine.memory import is_out_of_memory
 from mstar.engine.request import Request
-from mstar.engine.runtime import Runtime
-from mstar.engine.stats import Recorder, node_stats
-from mstar.engine.threads import threads_for, use_threads
+from mstar.engine.service import Service
+from mstar.engine.stats import node_stats
+from mstar.engine.threads import threads_for
 from mstar.engine.weights import weight_bytes
-from mstar.errors import EngineClosed, EngineOverloaded, InvalidRequest, RequestCancelled
+from mstar.errors import EngineOverloaded, InvalidRequest
 from mstar.models import registry
 from mstar.models.base import Model
 from mstar.models.inputs import gather_inputs, output_modalities_for
@@ -34,7 +31,7 @@ from mstar.types import Event, GenerateResult
 
 __all__ = ["Engine", "Handle"]
 
-log = logging.getLogger("mstar")
+_LONGEST_TIMEOUT = 10**8
 
 
 class Engine(GenerateMethods):
@@ -90,13 +87,12 @@ class Engine(GenerateMethods):
         _check_sizes(
             cpu_threads=cpu_threads,
             max_running=max_running,
+            max_queue=max_queue,
             max_batch=max_batch,
             token_budget=token_budget,
             kv_tokens=kv_tokens,
         )
-        if max_queue < 0:
-            raise InvalidRequest("max_queue", max_queue, "must be at least 0")
-        if not 0 < memory_fraction <= 1:
+        if not isinstance(memory_fraction, (int, float)) or not 0 < memory_fraction <= 1:
             raise InvalidRequest("memory_fraction", memory_fraction, "must be above 0, at most 1")
         self.device = device_for(device)
         target = registry.find(model, weights)
@@ -114,22 +110,16 @@ class Engine(GenerateMethods):
             look_ahead=look_ahead,
             progress=progress,
         )
-        self.max_running = max_running
-        self.max_queue = max_queue
-        self._threads = cpu_threads or threads_for(sum(map(weight_bytes, self.model.networks)))
-        self._runtime = Runtime(is_out_of_memory=is_out_of_memory, lane_context=self._lane)
-        for node in self.model.nodes:
-            node.bind(self._runtime.schedule)
-        self._lock = threading.Lock()
-        self._live: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()
-        self._running = 0
-        self._recorder = Recorder()
-        self._closed = False
-        self._death: BaseException | None = None
-        self._thread = threading.Thread(target=self._serve, name="mstar-engine", daemon=True)
-        self._thread.start()
-        atexit.register(self.close)
+        threads = cpu_threads or threads_for(sum(map(weight_bytes, self.model.networks)))
+        self._service = Service(
+            self.model.walk,
+            self.model.nodes,
+            device=self.device,
+            cpu_threads=threads,
+            max_running=max_running,
+            max_queue=max_queue,
+        )
+        self._finalizer = weakref.finalize(self, self._service.close)
         if self.device.type == "cuda" if warmup is None else warmup:
             self.warmup()
 
@@ -157,49 +147,21 @@ class Engine(GenerateMethods):
             EngineOverloaded: the queue is full.
             EngineClosed: the engine is closed or has died.
         """
-        inputs = gather_inputs(
-            self.card,
+        request = self._prepare(
             text=text,
             messages=messages,
             images=images,
             audio=audio,
             video=video,
+            output_modalities=output_modalities,
             input_modalities=input_modalities,
-        )
-        outputs = output_modalities_for(self.card, output_modalities)
-        params = self.card.parameters.validate(model_kwargs)
-        if request_id is not None and (not isinstance(request_id, str) or not request_id):
-            raise InvalidRequest("request_id", request_id, "must be a string that is not empty")
-        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout > 0):
-            raise InvalidRequest("timeout", timeout, "must be a number of seconds above 0")
-        self._check_open()
-        prepared = self.model.prepare(inputs, params, outputs)
-        handle = Handle(request_id or f"req-{uuid.uuid4().hex}")
-        request = Request(
-            handle.request_id,
-            prepared,
-            params,
-            outputs,
-            handle,
             stream=stream,
+            request_id=request_id,
             timeout=timeout,
-            sample_rate=self.model.sample_rate,
+            **model_kwargs,
         )
-        request.on_end = self._ended
-        handle.cancel_request = lambda: self._runtime.post(self._cancel, request)
-        with self._lock:
-            self._check_open()
-            if request.id in self._live:
-                raise InvalidRequest("request_id", request.id, "a live request has this id")
-            if len(self._live) >= self.max_running + self.max_queue:
-                self._recorder.rejected += 1
-                raise EngineOverloaded(
-                    f"{len(self._live)} requests are running or waiting, the limit is "
-                    f"{self.max_running} + {self.max_queue}"
-                )
-            self._live[request.id] = request
-            self._runtime.post(self._admit, request)
-        return handle
+        self._service.submit(request)
+        return request.sink
 
     def generate(
         self,
@@ -245,7 +207,7 @@ class Engine(GenerateMethods):
             **model_kwargs,
         )
         if stream:
-            return _events(handle)
+            return EventStream(handle)
         with _cancelling(handle):
             return handle.result()
 
@@ -264,16 +226,27 @@ class Engine(GenerateMethods):
     def generate_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[GenerateResult]:
         """Run several requests together; results in the same order.
 
-        If one is invalid, none is run. If one fails, the others are cancelled.
+        If one is invalid, none is run. If one fails, the others are cancelled. There may be more
+        than the queue holds.
         """
-        handles: list[Handle] = []
+        prepared = [self._prepare(**{"stream": False, **request}) for request in requests]
+        results: list[GenerateResult] = []
+        submitted = 0
         try:
-            for request in requests:
-                handles.append(self.submit(**{"stream": False, **request}))
-            return [handle.result() for handle in handles]
+            while len(results) < len(prepared):
+                while submitted < len(prepared):
+                    try:
+                        self._service.submit(prepared[submitted])
+                    except EngineOverloaded:
+                        if submitted == len(results):
+                            raise
+                        break
+                    submitted += 1
+                results.append(prepared[len(results)].sink.result())
+            return results
         finally:
-            for handle in handles:
-                handle.cancel()
+            for request in prepared[len(results) : submitted]:
+                self._service.cancel(request)
 
     def act(self, **kwargs: Any) -> np.ndarray:
         """Actions of a policy, float32 `[horizon, action_dim]`; arguments as for `generate`."""
@@ -287,40 +260,29 @@ class Engine(GenerateMethods):
         Returns:
             `{"seconds": ...}` that it took.
         """
-        self._check_open()
         began = time.perf_counter()
-        done = threading.Event()
-        failure: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                self.model.warmup()
-            except BaseException as error:
-                failure.append(error)
-            finally:
-                done.set()
-
-        self._runtime.post(work)
-        while not done.wait(0.1):
-            self._check_open()
-        if failure:
-            raise failure[0]
+        self._service.call(self.model.warmup)
         return {"seconds": time.perf_counter() - began}
 
     def stats(self) -> dict[str, Any]:
-        """Counts and timings since the start: requests, nodes, KV caches, tokens, latencies."""
-        with self._lock:
-            running, live = self._running, len(self._live)
+        """Counts and timings since the start: requests, nodes, KV caches, tokens, latencies.
+
+        Raises:
+            EngineClosed: the engine was closed or has died.
+        """
+        self._service.check_open()
+        recorder = self._service.recorder
+        running, waiting = self._service.counts()
         return {
             "model": self.card.name,
             "requests": {
                 "running": running,
-                "waiting": live - running,
-                **self._recorder.requests(),
+                "waiting": waiting,
+                **recorder.requests(),
             },
-            "queue_depth": live - running,
-            "tokens": self._recorder.tokens(),
-            "latency": self._recorder.latency(),
+            "queue_depth": waiting,
+            "tokens": recorder.tokens(),
+            "latency": recorder.latency(),
             "nodes": {node.name: node_stats(node) for node in self.model.nodes},
         }
 
@@ -330,21 +292,16 @@ class Engine(GenerateMethods):
         Raises:
             EngineClosed: the engine was closed or has died.
         """
-        self._check_open()
+        self._service.check_open()
         return {"status": "healthy"}
 
     def close(self) -> None:
         """Cancel what is live, end the engine's thread, free the model. May be called twice."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        atexit.unregister(self.close)
-        self._runtime.post(self._stop_all, RequestCancelled("the engine was closed"))
-        self._runtime.stop()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-        self._stop_all(RequestCancelled("the engine was closed"))
+        self._finalizer()
+        self.model = None
+        gc.collect()  # networks and the nodes that run them refer to each other
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def __enter__(self) -> Engine:
         return self
@@ -352,85 +309,99 @@ class Engine(GenerateMethods):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- inside, on the engine's thread ------------------------------------------------------------
+    def _prepare(
+        self,
+        *,
+        output_modalities: Sequence[str] | None = None,
+        stream: bool = True,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        text: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        images: Any = None,
+        audio: Any = None,
+        video: Any = None,
+        input_modalities: Sequence[str] | None = None,
+        **model_kwargs: Any,
+    ) -> Request:
+        """Check a request in the caller's thread; nothing is queued."""
+        self._service.check_open()
+        inputs = gather_inputs(
+            self.card,
+            text=text,
+            messages=messages,
+            images=images,
+            audio=audio,
+            video=video,
+            input_modalities=input_modalities,
+        )
+        outputs = output_modalities_for(self.card, output_modalities)
+        params = self.card.parameters.validate(model_kwargs)
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise InvalidRequest("request_id", request_id, "must be a string that is not empty")
+        prepared = self.model.prepare(inputs, params, outputs)
+        handle = Handle(request_id or f"req-{uuid.uuid4().hex}")
+        request = Request(
+            handle.request_id,
+            prepared,
+            params,
+            outputs,
+            handle,
+            stream=stream,
+            timeout=_seconds(timeout),
+            sample_rate=self.model.sample_rate,
+        )
+        handle.cancel_request = lambda: self._service.cancel(request)
+        return request
 
-    def _serve(self) -> None:
-        try:
-            use_threads(self._threads)
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            with torch.inference_mode():
-                self._runtime.run()
-        except BaseException as error:
-            log.exception("the engine's thread died")
-            self._death = error
-            failure = EngineClosed(f"the engine died: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._stop_all(failure)
 
-    @contextlib.contextmanager
-    def _lane(self) -> Iterator[None]:
-        """What runs beside the engine's thread has a share of the cores, or a stream of its own."""
-        use_threads(max(1, self._threads // 4))
-        side = contextlib.nullcontext()
-        if self.device.type == "cuda":
-            side = torch.cuda.stream(torch.cuda.Stream(self.device))
-        with torch.inference_mode(), side:
-            yield
+class EventStream(Iterator[Event]):
+    """The events of a request as they come. Closing or dropping it early cancels the request."""
 
-    def _admit(self, request: Request) -> None:
-        request.arm(self._runtime)
-        self._waiting.append(request)
-        self._begin_waiting()
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
+        self._events = iter(handle)
 
-    def _begin_waiting(self) -> None:
-        while self._waiting and self._running < self.max_running:
-            request = self._waiting.popleft()
-            if request.state == "queued":
-                self._running += 1
-                request.begin(self._runtime, self.model.walk)
+    def __next__(self) -> Event:
+        with _cancelling(self._handle, StopIteration):
+            return next(self._events)
 
-    def _cancel(self, request: Request) -> None:
-        request.stop(RequestCancelled(f"request {request.id} was cancelled"))
+    def close(self) -> None:
+        """Take no more events."""
+        self._handle.cancel()
+        self._events = iter(())
 
-    def _ended(self, request: Request, was: str) -> None:
-        with self._lock:
-            self._live.pop(request.id, None)
-        if was == "running":
-            self._running -= 1
-        elif request in self._waiting:
-            self._waiting.remove(request)
-        self._recorder.record(request)
-        self._begin_waiting()
+    def __del__(self) -> None:
+        if not self._handle.done:
+            self._handle.cancel()
 
-    def _stop_all(self, error: BaseException) -> None:
-        self._waiting.clear()
-        for request in list(self._live.values()):
-            request.stop(error)
 
-    def _check_open(self) -> None:
-        if self._death is not None:
-            raise EngineClosed(f"the engine died: {self._death}") from self._death
-        if self._closed:
-            raise EngineClosed("the engine is closed")
+def _seconds(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout <= _LONGEST_TIMEOUT:
+        allowed = f"must be seconds above 0, at most {_LONGEST_TIMEOUT}, or None for no limit"
+        raise InvalidRequest("timeout", timeout, allowed)
+    return timeout
 
 
 def _check_sizes(**sizes: int | None) -> None:
     for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise InvalidRequest(name, value, "must be at least 1")
-
-
-def _events(handle: Handle) -> Iterator[Event]:
-    with _cancelling(handle):
-        yield from handle
+        least = 0 if name == "max_queue" else 1
+        if value is None and name in ("kv_tokens", "cpu_threads"):
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InvalidRequest(name, value, f"must be an integer of at least {least}")
 
 
 @contextlib.contextmanager
-def _cancelling(handle: Handle) -> Iterator[None]:
+def _cancelling(handle: Handle, *but: type[BaseException]) -> Iterator[None]:
     """Whoever stops waiting for a request early does not want it any more."""
     try:
         yield
+    except but:
+        raise
     except BaseException:
         handle.cancel()
         raise

@@ -2,8 +2,10 @@
 
 import asyncio
 import gc
+import multiprocessing
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -27,8 +29,9 @@ from tests.every_modality import PNG, every  # noqa: F401
 @pytest.fixture
 def engine(every):  # noqa: F811
     with Engine(every) as engine:
+        model = engine.model
         yield engine
-    assert engine.model.open_walks == 0
+    assert model.open_walks == 0
 
 
 def eventually(condition, seconds=5.0):
@@ -102,6 +105,7 @@ def test_cancel_keeps_what_was_made(engine):
         handle.result(5)
     assert stopped.value.partial.text.startswith("a0 ")
     assert stopped.value.partial.finish_reason == "cancelled"
+    assert stopped.value.partial.usage.generated_tokens >= 1
     handle.cancel()  # again: nothing happens
 
 
@@ -239,17 +243,22 @@ def test_threads_share_the_engine(engine):
 def test_close_cancels_what_is_live_and_leaves_no_thread(every):  # noqa: F811
     before = threading.active_count()
     engine = Engine(every)
-    handle = engine.submit(text="a", hang=True)
+    model = engine.model
+    handles = [engine.submit(text="a", hang=True, request_id=f"r{i}") for i in range(3)]
     engine.close()
     engine.close()
-    with pytest.raises(RequestCancelled, match="closed"):
-        handle.result(1)
+    for index, handle in enumerate(handles):
+        with pytest.raises(RequestCancelled, match="closed") as stopped:
+            handle.result(1)
+        assert stopped.value.partial.request_id == f"r{index}"
     with pytest.raises(EngineClosed):
         engine.generate(text="a")
     with pytest.raises(EngineClosed):
         engine.health()
+    with pytest.raises(EngineClosed):
+        engine.stats()
     assert threading.active_count() == before
-    assert engine.model.open_walks == 0
+    assert model.open_walks == 0
 
 
 def test_a_dead_engine_says_so_to_all(every, monkeypatch):  # noqa: F811
@@ -259,10 +268,10 @@ def test_a_dead_engine_says_so_to_all(every, monkeypatch):  # noqa: F811
         def explode():
             raise RuntimeError("the kernel broke")
 
-        engine._runtime.post(explode)
+        engine._service._runtime.post(explode)
         with pytest.raises(EngineClosed, match="the kernel broke"):
             handle.result(5)
-        eventually(lambda: not engine._thread.is_alive())
+        eventually(lambda: not engine._service.thread.is_alive())
         with pytest.raises(EngineClosed, match="died"):
             engine.health()
         with pytest.raises(EngineClosed, match="died"):
@@ -273,7 +282,7 @@ def test_warmup_runs_on_the_engines_thread(engine, monkeypatch):
     where = []
     monkeypatch.setattr(engine.model, "warmup", lambda: where.append(threading.current_thread()))
     assert engine.warmup()["seconds"] >= 0
-    assert where == [engine._thread]
+    assert where == [engine._service.thread]
 
     def fail():
         raise OutOfMemory("no room for graphs")
@@ -297,7 +306,7 @@ def test_results_do_not_keep_the_engine_busy(engine):
     for _ in range(50):
         engine.generate(text="a", output_modalities=("latent",))
     gc.collect()
-    assert engine._live == {}
+    assert engine._service._live == {}
 
 
 @pytest.mark.parametrize(
@@ -312,6 +321,12 @@ def test_results_do_not_keep_the_engine_busy(engine):
         ({"kv_tokens": 0}, "kv_tokens"),
         ({"token_budget": 0}, "token_budget"),
         ({"memory_fraction": 1.5}, "memory_fraction"),
+        ({"memory_fraction": "a"}, "memory_fraction"),
+        ({"max_batch": "8"}, "max_batch"),
+        ({"max_batch": 2.5}, "max_batch"),
+        ({"max_batch": True}, "max_batch"),
+        ({"max_queue": None}, "max_queue"),
+        ({"cpu_threads": 0}, "cpu_threads"),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_loaded(every, options, field):  # noqa: F811
@@ -323,6 +338,72 @@ def test_bad_options_are_refused_before_anything_is_loaded(every, options, field
 def test_an_unknown_model_is_not_found():
     with pytest.raises(ModelNotFound, match="did you mean 'orpheus"):
         Engine("orpheos")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, True, "1", float("inf"), float("nan"), 1e10])
+def test_a_timeout_is_a_sensible_number_of_seconds(engine, timeout):
+    with pytest.raises(InvalidRequest, match="seconds"):
+        engine.generate(text="a", timeout=timeout)
+
+
+def test_a_long_timeout_is_harmless(engine):
+    for _ in range(200):
+        engine.generate(text="a", timeout=1e8, count=0)
+    assert len(engine._service._runtime._timers) < 100
+    assert engine.generate(text="a").text
+
+
+def test_a_stream_that_nobody_ever_looks_at_is_cancelled(engine):
+    events = engine.generate(text="a", stream=True, hang=True)
+    eventually(lambda: engine.stats()["requests"]["running"] == 1)
+    del events
+    gc.collect()
+    eventually(lambda: engine.stats()["requests"]["stopped"] == 1)
+
+
+def test_an_engine_that_nobody_holds_ends_by_itself(every):  # noqa: F811
+    before = threading.active_count()
+    engine = Engine(every)
+    engine.generate(text="a")
+    gone = weakref.ref(engine.model)
+    del engine
+    gc.collect()
+    eventually(lambda: threading.active_count() == before)
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_stream_keeps_its_engine_alive(every):  # noqa: F811
+    texts = [event.text for event in Engine(every).generate(text="a", stream=True, pause=0.01)]
+    assert texts == ["a0 ", "a1 ", "a2 ", ""]
+
+
+def test_a_forked_process_is_told_that_it_has_no_engine(engine):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+
+    def child():
+        try:
+            engine.generate(text="a")
+        except EngineClosed as error:
+            answers.put(str(error))
+
+    process = context.Process(target=child)
+    process.start()
+    assert "forked" in answers.get(timeout=20)
+    process.join(20)
+    assert engine.generate(text="a").text
+
+
+def test_a_batch_may_be_longer_than_the_queue(every):  # noqa: F811
+    with Engine(every, max_running=2, max_queue=3) as engine:
+        results = engine.generate_batch([{"text": f"{i}-", "count": 1} for i in range(40)])
+        assert [result.text for result in results] == [f"{i}-0 " for i in range(40)]
+
+
+def test_output_modalities_must_be_names(engine):
+    with pytest.raises(InvalidRequest, match="list of modalities"):
+        engine.generate(text="a", output_modalities=5)
 
 
 def test_arrays_of_a_result_are_plain_numpy(engine):

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from mstar.errors import RequestStopped
-from mstar.types import Event, GenerateResult, fold
+from mstar.types import Event, GenerateResult, Usage, fold
 
 __all__ = ["Handle"]
 
@@ -92,20 +92,18 @@ class Handle:
             self._changed.notify_all()
         self._tell()
 
-    def end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None, usage: Usage) -> None:
         """See `Sink.end`."""
         with self._changed:
             if isinstance(error, RequestStopped):
                 error.partial = fold(self._events, self.request_id)
-                error.partial.finish_reason = "cancelled" if self._is_cancel(error) else "timeout"
+                error.partial.usage = usage
+                late = isinstance(error, TimeoutError)
+                error.partial.finish_reason = "timeout" if late else "cancelled"
             self._error = error
             self._done = True
             self._changed.notify_all()
         self._tell()
-
-    @staticmethod
-    def _is_cancel(error: RequestStopped) -> bool:
-        return not isinstance(error, TimeoutError)
 
     def _tell(self) -> None:
         for callback in list(self._listeners):

@@ -32,7 +32,7 @@ class Sink(Protocol):
     def event(self, event: Event) -> None:
         """One more event."""
 
-    def end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None, usage: Usage) -> None:
         """No more events: the request is complete, or failed with `error`."""
 
 
@@ -70,7 +70,7 @@ class Request:
         self.submitted = time.monotonic()
         self.state = "queued"
         self.on_end: Callable[[Request, str], None] = lambda request, was: None
-        self._sink = sink
+        self.sink = sink
         self._deadline = None if timeout is None else self.submitted + timeout
         self._lines: dict[str, _Line] = {}
         self._runtime: Runtime | None = None
@@ -160,9 +160,9 @@ class Request:
         closing = {"finish_reason": self._reason, "usage": self.usage}
         if "audio" in self.output_modalities and self._sample_rate is not None:
             empty = np.zeros(0, dtype=np.int16)
-            self._sink.event(AudioChunk(empty, self._sample_rate, **closing))
+            self.sink.event(AudioChunk(empty, self._sample_rate, **closing))
         else:
-            self._sink.event(TextChunk("", **closing))
+            self.sink.event(TextChunk("", **closing))
         self._end("completed", None)
 
     def stop(self, error: BaseException) -> None:
@@ -187,14 +187,14 @@ class Request:
             self.usage.time_to_first_event = time.monotonic() - self.submitted
         if isinstance(event, AudioChunk):
             self.usage.audio_seconds += len(event.pcm) / event.sample_rate
-        self._sink.event(event)
+        self.sink.event(event)
 
     def _end(self, state: str, error: BaseException | None) -> None:
         was, self.state = self.state, state
         if self._timer is not None:
             self._timer.cancel()
         self.on_end(self, was)
-        self._sink.end(error)
+        self.sink.end(error, self.usage)
 
 
 class _Line:

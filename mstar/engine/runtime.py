@@ -29,6 +29,8 @@ __all__ = ["Runtime", "Task", "Timer"]
 
 log = logging.getLogger("mstar")
 
+_LONGEST_SLEEP = 3600.0  # platforms limit how long a wait may be
+
 
 class Task:
     """A running coroutine. Awaiting it gives its result or raises its error."""
@@ -168,6 +170,7 @@ class Runtime:
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake = threading.Event()
         self._timers: list[Timer] = []
+        self._most_timers = 64
         self._lane: Lane | None = None
         self._stopping = False
 
@@ -211,6 +214,10 @@ class Runtime:
     def call_later(self, seconds: float, callback: Callable[..., None], *args: Any) -> Timer:
         """Call `callback(*args)` after some seconds."""
         timer = Timer(time.monotonic() + max(0.0, seconds), callback, args)
+        if len(self._timers) >= self._most_timers:  # cancelled ones are forgotten now and then
+            self._timers = [other for other in self._timers if other.callback is not None]
+            heapq.heapify(self._timers)
+            self._most_timers = max(64, 2 * len(self._timers))
         heapq.heappush(self._timers, timer)
         return timer
 
@@ -244,7 +251,7 @@ class Runtime:
     def _sleep(self) -> None:
         timeout = None
         if self._timers:
-            timeout = max(0.0, self._timers[0].at - time.monotonic())
+            timeout = min(max(0.0, self._timers[0].at - time.monotonic()), _LONGEST_SLEEP)
         self._wake.wait(timeout)
         self._wake.clear()
 

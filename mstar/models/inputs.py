@@ -65,6 +65,8 @@ def output_modalities_for(card: ModelCard, wanted: Sequence[str] | None) -> tupl
 def _modalities(
     field: str, wanted: Sequence[str], allowed: Sequence[str], name: str
 ) -> tuple[str, ...]:
+    if not isinstance(wanted, (str, list, tuple, set, frozenset)):
+        raise InvalidRequest(field, wanted, "must be a list of modalities")
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     if not names:
         raise InvalidRequest(field, wanted, f"must name at least one of {', '.join(allowed)}")

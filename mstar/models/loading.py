@@ -60,16 +60,18 @@ def load_model(
 def device_for(device: str | torch.device | None) -> torch.device:
     """The device that is meant; the GPU if there is one and none is named."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InvalidRequest("device", device, "must be 'cpu', 'cuda' or 'cuda:N'") from error
     if found.type not in ("cpu", "cuda"):
         raise InvalidRequest("device", device, "must be 'cpu', 'cuda' or 'cuda:N'")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if (found.index or 0) >= torch.cuda.device_count():
         raise InvalidRequest("device", device, f"{torch.cuda.device_count()} GPUs are to be seen")
-    return found
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def dtype_for(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

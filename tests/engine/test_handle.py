@@ -15,7 +15,7 @@ def fill(handle, *texts, error=None):
         handle.event(TextChunk(text))
     if error is None:
         handle.event(TextChunk("", finish_reason="stop", usage=Usage()))
-    handle.end(error)
+    handle.end(error, Usage())
 
 
 def test_the_result_is_all_events_folded():

@@ -22,7 +22,7 @@ class Sink:
         assert not self.ended, "an event after the end"
         self.events.append(event)
 
-    def end(self, error):
+    def end(self, error, usage):
         self.error, self.ended = error, self.ended + 1
 
     @property
