@@ -137,6 +137,7 @@ def _explain(source: str | Path, cache: Path, error: Exception) -> str:
         reason = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return (
         f"cannot get {source} from the Hugging Face hub: {reason}. Looked for a local path of "
-        f"that name and in the cache {cache}. If you have the files, give their folder as "
-        "weights=<folder>."
+        f"that name and in the cache {cache}. If you have the files, give their folder: "
+        "weights=<folder>, or weights={part: <folder>} for one part of a model "
+        "(in the shell --weights part=<folder>)."
     )

@@ -201,6 +201,8 @@ def _place(value: str | PathLike) -> str | Path | None:
 
     What looks like a path and is not a folder is an error here.
     """
+    if not str(value).strip():
+        raise ModelNotFound("the name of a folder or repository is empty")
     path = Path(value).expanduser()
     if path.is_dir():
         return path

@@ -238,3 +238,11 @@ def test_a_plug_in_that_trips_over_a_config_is_passed_over(plugins):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert registry.identify(ORPHEUS_CONFIG) is CARD
+
+
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(empty):
+    with pytest.raises(ModelNotFound):
+        registry.find("orpheus", empty)
+    with pytest.raises(ModelNotFound):
+        registry.find(empty)
