@@ -13,22 +13,47 @@ import torch
 from torch import Tensor
 
 from mstar.engine.kernels.paged_batch import BatchTensors
+from mstar.engine.kernels.staging import block_table, pack
 from mstar.engine.kvcache import KVPool
 from mstar.engine.paged_context import PagedContext
 
-__all__ = ["DecodeGraphs"]
+__all__ = ["DecodeGraphs", "record"]
 
-Forward = Callable[[Tensor, Tensor, PagedContext], tuple[Tensor, Tensor]]
+Outputs = tuple[Tensor, Tensor]
+Forward = Callable[[Tensor, Tensor, PagedContext], Outputs]
+Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
 @dataclass
 class _Captured:
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     ids: Tensor
-    positions: Tensor
-    slots: Tensor
-    batch: BatchTensors
-    outputs: tuple[Tensor, Tensor]
+    numbers: Tensor  # [3, size]: positions, slots, lengths
+    block_table: Tensor  # [size, max_pages]
+    outputs: Outputs
+
+
+def record() -> Record:
+    """What captures steps as CUDA graphs that share their memory.
+
+    It takes a step and returns how to run it again, and the tensors it writes its outputs to.
+    """
+    memory = torch.cuda.graph_pool_handle()
+
+    def capture(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread is bound by what may happen during a capture: others go on working.
+        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+            outputs = step()
+        return graph.replay, outputs
+
+    return capture
 
 
 class DecodeGraphs:
@@ -38,17 +63,23 @@ class DecodeGraphs:
         forward: `(ids, positions, context) -> (hidden, logits)`, all on the device.
         buckets: batch sizes to capture, ascending.
         max_tokens: longest sequence; sets the width of the block tables.
+        record: how to capture (see `record`).
     """
 
     def __init__(
-        self, forward: Forward, pool: KVPool, buckets: Sequence[int], max_tokens: int
+        self,
+        forward: Forward,
+        pool: KVPool,
+        buckets: Sequence[int],
+        max_tokens: int,
+        record: Record,
     ) -> None:
         self.forward = forward
         self.pool = pool
         self.buckets = sorted(buckets)
         self.max_pages = min(pool.pages_for(max_tokens), pool.table.count)
         self._captured: dict[int, _Captured] = {}
-        self._memory = torch.cuda.graph_pool_handle()
+        self._record = record
 
     def capture(self) -> None:
         """Capture every bucket, the largest first so that the others reuse its memory."""
@@ -64,57 +95,58 @@ class DecodeGraphs:
         self,
         ids: Tensor,
         positions: Sequence[int],
-        slots: Sequence[int],
         kv_lens: Sequence[int],
         tables: Sequence[Sequence[int]],
-    ) -> tuple[Tensor, Tensor]:
-        """Replay one step; hidden states and logits of the rows, valid until the next step."""
+    ) -> Outputs:
+        """Replay one step; hidden states and logits of the rows, valid until the next step.
+
+        Args:
+            ids: int64 `[batch]`, on the device.
+            kv_lens: keys per sequence, those of the new token included.
+            tables: page numbers per sequence.
+        """
         count = len(kv_lens)
         size = next(b for b in self.buckets if b >= count)
         step = self._captured.get(size)
         if step is None:
             step = self._captured[size] = self._capture(size)
-        pad = size - count
-        width = max(map(len, tables))
-        rows = [[*table, *[0] * (width - len(table))] for table in tables]
-        step.ids[:count].copy_(ids, non_blocking=True)
-        for target, values in (
-            (step.positions, [*positions, *[0] * pad]),
-            (step.slots, [*slots, *[-1] * pad]),
-            (step.batch.kv_len, [*kv_lens, *[1] * pad]),
-            (step.batch.block_table[:count, :width], rows),
-        ):
-            host = torch.tensor(values, dtype=target.dtype).pin_memory()
-            target.copy_(host, non_blocking=True)
-        step.graph.replay()
+        page, pad = self.pool.page_size, [0] * (size - count)
+        slots = [
+            table[(length - 1) // page] * page + (length - 1) % page
+            for table, length in zip(tables, kv_lens, strict=True)
+        ]
+        numbers = [*positions, *pad, *slots, *(-1 for _ in pad), *kv_lens, *(1 for _ in pad)]
+        table = block_table(tables)
+        numbers, pages = pack((numbers, table.ravel()), torch.int32, step.ids.device)
+        step.ids[:count].copy_(ids)
+        step.numbers.copy_(numbers.view(3, size))
+        step.block_table[:count, : table.shape[1]].copy_(pages.view(table.shape))
+        step.replay()
         hidden, logits = step.outputs
         return hidden[:count], logits[:count]
 
     def _capture(self, size: int) -> _Captured:
         device = self.pool.tensor.device
+        ids = torch.zeros(size, dtype=torch.int64, device=device)
+        # An even width: every row begins at a multiple of 16 bytes, as tensors of their own do.
+        numbers = torch.zeros(3, size + size % 2, dtype=torch.int64, device=device)[:, :size]
+        numbers[1] = -1
+        numbers[2] = 1
+        pages = torch.zeros(size, self.max_pages, dtype=torch.int32, device=device)
+        query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
+        causal = torch.ones(size, dtype=torch.int32, device=device)
 
-        def full(shape: tuple[int, ...], value: int, dtype: torch.dtype) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
+        def step() -> Outputs:
+            positions, slots, lengths = numbers
+            batch = BatchTensors(
+                query_start=query_start,
+                kv_len=lengths.to(torch.int32),
+                block_table=pages,
+                causal=causal,
+                max_query_len=1,
+                page_size=self.pool.page_size,
+            )
+            return self.forward(ids, positions, PagedContext(self.pool, batch, slots))
 
-        batch = BatchTensors(
-            query_start=torch.arange(size + 1, dtype=torch.int32, device=device),
-            kv_len=full((size,), 1, torch.int32),
-            block_table=full((size, self.max_pages), 0, torch.int32),
-            causal=full((size,), 1, torch.int32),
-            max_query_len=1,
-            page_size=self.pool.page_size,
-        )
-        ids, positions = full((size,), 0, torch.int64), full((size,), 0, torch.int64)
-        slots = full((size,), -1, torch.int64)
-        context = PagedContext(self.pool, batch, slots)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self.forward(ids, positions, context)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread is bound by what may happen during a capture: others go on working.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            outputs = self.forward(ids, positions, context)
-        return _Captured(graph, ids, positions, slots, batch, outputs)
+        replay, outputs = self._record(step)
+        return _Captured(replay, ids, numbers, pages, outputs)

@@ -7,13 +7,15 @@ any number of sequences. `feed` and `generate` are coroutines above that; a walk
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mstar.engine.graphs import DecodeGraphs
+from mstar.engine.graphs import DecodeGraphs, record
 from mstar.engine.kernels.paged_batch import PagedBatch
+from mstar.engine.kernels.staging import pack, to_device
 from mstar.engine.kvcache import KVCache, KVGroup, KVLayout, KVPool
 from mstar.engine.layers.attention import AttentionContext
 from mstar.engine.node import Node
@@ -21,7 +23,7 @@ from mstar.engine.paged_context import PagedContext
 from mstar.engine.pages import PagesExhausted
 from mstar.engine.sampler import sampler_for
 from mstar.engine.sampling import SamplerState, SamplingParams
-from mstar.engine.spans import Span, Step, Tokens
+from mstar.engine.spans import Span, Step, Tokens, gather_ids
 from mstar.engine.traps import Call
 from mstar.errors import OutOfMemory
 from mstar.types import Usage
@@ -201,10 +203,11 @@ class LanguageModel(Node):
         """Capture what is captured. Afterwards decode steps up to `max_batch` only replay."""
         if self._use_graphs and self.graphs is None:
             buckets = [1, 2, 4, *range(8, self.max_batch, 8), self.max_batch]
-            self.graphs = DecodeGraphs(
-                self._decode, self.pool, sorted(set(buckets)), self.pool.capacity
+            graphs = DecodeGraphs(
+                self._decode, self.pool, sorted(set(buckets)), self.pool.capacity, record()
             )
-            self.graphs.capture()
+            graphs.capture()
+            self.graphs = graphs
 
     # -- inside ------------------------------------------------------------------------------
 
@@ -255,33 +258,26 @@ class LanguageModel(Node):
         rows: list[int],
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states of all tokens, and logits of the last token of each span in `rows`."""
-        counts = [span.count for span in spans]
         positions: list[int] = []
         for span in spans:
             begin = span.kv.length
             here = range(begin, begin + span.count)
             positions += here if span.positions is None else span.positions
         inputs = self._inputs(spans)
+        if self._is_captured(spans, rows):
+            hidden, logits = self.graphs.run(inputs, positions, kv_lens, tables)
+            return (hidden.clone() if any(s.hidden for s in spans) else hidden), logits
+        counts = [span.count for span in spans]
         batch = PagedBatch(
             counts, kv_lens, tables, [span.causal for span in spans], self.pool.page_size
         )
-        if self._is_captured(spans, rows):
-            slots = batch.slots.tolist()
-            hidden, logits = self.graphs.run(inputs, positions, slots, kv_lens, tables)
-            return (hidden.clone() if any(s.hidden for s in spans) else hidden), logits
-        context = PagedContext(self.pool, batch, batch.slots_on(self.device))
-        where = torch.tensor(positions, device=self.device)
-        hidden = self.network(inputs, where, context)
+        last = list(accumulate(counts))
+        numbers = positions, batch.slot_list, [last[row] - 1 for row in rows]
+        where, slots, wanted = pack(numbers, torch.int64, self.device)
+        hidden = self.network(inputs, where, PagedContext(self.pool, batch, slots))
         if not rows:
             return hidden, None
-        last, end = [], 0
-        for count in counts:
-            end += count
-            last.append(end - 1)
-        if len(rows) == len(hidden):
-            return hidden, self.network.logits(hidden)
-        wanted = torch.tensor([last[row] for row in rows], device=self.device)
-        return hidden, self.network.logits(hidden[wanted])
+        return hidden, self.network.logits(hidden if len(rows) == len(hidden) else hidden[wanted])
 
     def _decode(
         self, ids: Tensor, positions: Tensor, context: PagedContext
@@ -308,21 +304,13 @@ class LanguageModel(Node):
         return torch.cat(parts)
 
     def _ids(self, spans: list[Span]) -> Tensor:
-        if self.device.type == "cuda" and any(isinstance(s.inputs, Step) for s in spans):
-            parts = [
-                s.inputs.tokens.on_device[s.inputs.row].unsqueeze(0)
-                if isinstance(s.inputs, Step)
-                else torch.tensor(s.inputs, device=self.device)
-                for s in spans
-            ]
-            return torch.cat(parts)
+        """Ids `[tokens]`. Those that a step chose are not read on a GPU: they stay there."""
         ids: list[int] = []
-        for span in spans:
-            if isinstance(span.inputs, Step):
-                ids.append(span.inputs.token)
-            else:
-                ids += span.inputs
-        return torch.tensor(ids, device=self.device)
+        if self.device.type == "cpu":
+            for span in spans:
+                ids += (span.inputs.token,) if isinstance(span.inputs, Step) else span.inputs
+            return to_device(ids, torch.int64, self.device)
+        return gather_ids([span.inputs for span in spans], self.device)
 
 
 class Generation:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mstar.engine.kernels.sample import bias, penalise, sample_batch, sample_row
+from mstar.engine.kernels.sample import SampleRows, bias, penalise, sample_batch, sample_row
+from mstar.engine.kernels.staging import to_device
 from mstar.engine.sampling import DeviceState, HostState, SamplerState, SamplingParams
 
 __all__ = ["DeviceSampler", "HostSampler", "Sampler", "sampler_for"]
@@ -64,23 +65,21 @@ class DeviceSampler:
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
-        self.device = device
+        self.device = torch.device(device)
         self._in_prompt = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
         self._in_output = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)
         self._free: list[int] = []  # row 0 stays empty: it serves whoever has no penalties
 
     def open(self, params: SamplingParams, prompt: Sequence[int]) -> DeviceState:
         """The state of a new sequence."""
-        state = DeviceState(params, self.vocab_size)
-        state.slot = 0
+        state = DeviceState(params, self.vocab_size, self.device)
         if params.penalises:
             if not self._free:
                 self._grow()
-            ids = torch.tensor(prompt, dtype=torch.int64, device=self.device)
+            ids = to_device(prompt, torch.int64, self.device)
             slot = self._free[-1]
-            self._in_output[slot] = 0
-            self._in_prompt[slot] = False
-            self._in_prompt[slot, ids] = True
+            self._in_output[slot].zero_()
+            self._in_prompt[slot].zero_().index_fill_(0, ids, True)
             state.slot = self._free.pop()
         return state
 
@@ -92,14 +91,14 @@ class DeviceSampler:
 
     def sample(self, logits: Tensor, states: Sequence[DeviceState]) -> Tensor:
         """See `Sampler.sample`."""
-        penalising = [s.params.penalises for s in states]
-        slots = torch.tensor([s.slot for s in states], device=logits.device)
-        if any(penalising):
-            logits = penalise(logits, self._in_prompt[slots], self._in_output[slots], states)
-        tokens = sample_batch(bias(logits, states), states)
-        if any(penalising):
-            used = torch.tensor(penalising, dtype=torch.int32, device=logits.device)
-            self._in_output.index_put_((slots, tokens), used, accumulate=True)
+        rows = SampleRows(states, self.vocab_size, logits.device)
+        if rows.penalise:
+            slots = rows.slots
+            logits = penalise(logits, self._in_prompt[slots], self._in_output[slots], rows)
+        tokens = sample_batch(bias(logits, states), rows)
+        if rows.penalise:
+            counted = rows.counted.to(torch.int32)
+            self._in_output.index_put_((slots, tokens), counted, accumulate=True)
         for state in states:
             state.drawn += 1
         return tokens

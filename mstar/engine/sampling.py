@@ -1,9 +1,12 @@
 """Choosing the next token: the parameters, and what is remembered of each sequence.
 
 The order is repetition penalty, presence and frequency penalties, logit bias, temperature, top-k,
-top-p, min-p, draw. Draws are counter based: number `n` of a sequence is a hash of its seed and `n`
-(SplitMix64; Steele, Lea and Flood 2014, section 3), so it does not depend on what else is in the
-batch, and no generator state has to be kept.
+top-p, min-p, draw. The noise of a draw is a hash of the seed, the number of the draw and the token
+id (see `kernels.counter_noise`), so it does not depend on what else is in the batch, and no
+generator state has to be kept. What the batch does change is the last bits of the logits. Then
+another token is drawn only where two of them come out of the noise equal to those bits (see
+`kernels.sample`), or where one is on the very border of top-k, top-p or min-p: that is rare, but
+not impossible.
 """
 
 from __future__ import annotations
@@ -12,11 +15,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
-__all__ = ["DeviceState", "HostState", "SamplerState", "SamplingParams", "mix", "uniform"]
+from mstar.engine.kernels.counter_noise import key, mix
+from mstar.engine.kernels.staging import to_device
 
-_MASK = (1 << 64) - 1
-_GAMMA = 0x9E3779B97F4A7C15
+__all__ = ["DeviceState", "HostState", "SamplerState", "SamplingParams", "mix"]
+
+# Penalties and biases beyond these do all that such a thing can do, and float32 stays finite.
+_STRONGEST_PENALTY = 2.0**64
+_STRONGEST_BIAS = 1e30
 
 
 @dataclass(frozen=True)
@@ -62,26 +71,24 @@ class SamplingParams:
         )
 
 
-def mix(value: int) -> int:
-    """The 64-bit finaliser of SplitMix64: a bijection that scatters its input."""
-    value &= _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def uniform(seed: int, counter: int) -> float:
-    """Draw number `counter` of the stream `seed`, in [0, 1) with 53 random bits."""
-    return (mix(mix(seed) + _GAMMA * (counter + 1)) >> 11) * 2.0**-53
-
-
 class SamplerState:
-    """What the sampler remembers of one sequence. `drawn` counts its tokens so far."""
+    """What the sampler remembers of one sequence. `drawn` counts its tokens so far.
+
+    `repetition`, `presence`, `frequency` and `bias` are the parameters, but not so strong that
+    logits overflow.
+    """
+
+    slot = 0  # its row in the tables of a `DeviceSampler`; -1 once closed
 
     def __init__(self, params: SamplingParams, vocab_size: int) -> None:
         self.params = params
         self.drawn = 0
-        bias = {t: b for t, b in params.logit_bias.items() if 0 <= t < vocab_size}
+        self.repetition = min(
+            max(params.repetition_penalty, 1 / _STRONGEST_PENALTY), _STRONGEST_PENALTY
+        )
+        self.presence = _bounded(params.presence_penalty)
+        self.frequency = _bounded(params.frequency_penalty)
+        bias = {t: _bounded(b) for t, b in params.logit_bias.items() if 0 <= t < vocab_size}
         self.bias_ids = np.fromiter(bias.keys(), np.int64, len(bias))
         self.bias = np.fromiter(bias.values(), np.float32, len(bias))
         stops = sorted(t for t in params.stop_ids if 0 <= t < vocab_size)
@@ -92,9 +99,13 @@ class SamplerState:
         """Whether stop tokens may be chosen now."""
         return self.drawn >= self.params.min_tokens
 
-    def next_uniform(self) -> float:
-        """The draw for the next token."""
-        return uniform(self.params.seed, self.drawn)
+    def next_key(self) -> int:
+        """What the noise of the next token's draw is keyed with, in 0 .. 2^64 - 1."""
+        return key(self.params.seed, self.drawn)
+
+
+def _bounded(value: float) -> float:
+    return min(max(value, -_STRONGEST_BIAS), _STRONGEST_BIAS)
 
 
 class HostState(SamplerState):
@@ -129,6 +140,18 @@ class HostState(SamplerState):
 
 
 class DeviceState(SamplerState):
-    """A state whose earlier tokens are row `slot` of the sampler's tables on the device."""
+    """A state whose earlier tokens are row `slot` of the sampler's tables on the device.
 
-    slot = -1
+    What stays the same is there, too: biases, and ids of tokens that are biased or that stop.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device) -> None:
+        super().__init__(params, vocab_size)
+        self.bias_places: Tensor | None = None
+        self.bias_values: Tensor | None = None
+        self.stop_places: Tensor | None = None
+        if len(self.bias_ids):
+            self.bias_places = to_device(self.bias_ids, torch.int64, device)
+            self.bias_values = to_device(self.bias, torch.float32, device)
+        if len(self.stop_ids) and not self.may_stop:
+            self.stop_places = to_device(self.stop_ids, torch.int64, device)

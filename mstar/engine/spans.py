@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mstar.engine.kernels.staging import pack
 from mstar.engine.kvcache import KVCache
 from mstar.engine.sampling import SamplerState
 from mstar.errors import RequestFailed
 
-__all__ = ["Span", "Step", "Tokens"]
+__all__ = ["Span", "Step", "Tokens", "gather_ids"]
 
 
 @dataclass(slots=True, eq=False)
@@ -110,3 +111,29 @@ class Step:
         if token < 0:
             raise RequestFailed("no token can be chosen: the scores hold NaN, or none is finite")
         return token
+
+
+def gather_ids(inputs: Sequence[Sequence[int] | Step], device: torch.device) -> Tensor:
+    """The ids `[tokens]` of several spans on a device, without reading tokens that lie there.
+
+    Where the rows of a single batch of tokens follow each other, as they do while the same
+    sequences are decoded, they are taken as they are.
+    """
+    ids: list[int] = []  # that the host knows
+    order: list[int] = []  # of the result, in the ids and then the tokens of each batch
+    starts: dict[Tokens, int] = {}
+    total = sum(0 if isinstance(part, Step) else len(part) for part in inputs)
+    for part in inputs:
+        if isinstance(part, Step):
+            if part.tokens not in starts:
+                starts[part.tokens] = total
+                total += len(part.tokens.on_device)
+            order.append(starts[part.tokens] + part.row)
+        else:
+            order += range(len(ids), len(ids) + len(part))
+            ids += part
+    chosen = [tokens.on_device for tokens in starts]
+    if not ids and len(chosen) == 1 and order == list(range(order[0], order[0] + len(order))):
+        return chosen[0][order[0] : order[0] + len(order)]
+    known, places = pack((ids, order), torch.int64, device)
+    return torch.cat([known, *chosen])[places] if chosen else known

@@ -261,6 +261,33 @@ def test_stop_tokens_are_not_among_the_tokens_and_min_tokens_holds_them_back():
     assert not stop & set(tokens)
 
 
+# -- draws -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_sampled_requests_give_the_tokens_that_they_give_alone(top_p):
+    """At temperature 1, over a vocabulary of which no token is likely.
+
+    A batch changes the last bits of the logits, so two tokens that come out of the noise that close
+    could still change places: by the size of those bits, less than one draw in 10,000. The seeds
+    are the first that come.
+    """
+    model = network(replace(CONFIG, vocab_size=4000, hidden_size=64))
+    cases = [
+        (
+            np.random.default_rng(n).integers(4000, size=3 + n % 9).tolist(),
+            SamplingParams(top_p=top_p, max_tokens=24, seed=n),
+        )
+        for n in range(24)
+    ]
+    lm, runtime = language_model(model=model)
+    together = results(*(decode(lm, p, s) for p, s in cases), runtime=runtime)
+    assert max(lm.batch_sizes) == 24
+    solo = [alone(p, s, model=model) for p, s in cases]
+    assert len({tuple(tokens) for tokens, _ in solo}) == 24
+    assert together == solo
+
+
 # -- the prefix cache ----------------------------------------------------------------------------
 
 

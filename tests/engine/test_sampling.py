@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mstar.engine.sampler import DeviceSampler, HostSampler, sampler_for
-from mstar.engine.sampling import SamplingParams, mix, uniform
+from mstar.engine.sampling import SamplingParams
 
 VOCAB = 300
 EVERY_KIND = [
@@ -58,15 +58,25 @@ def test_a_seed_is_reproducible_and_another_one_differs():
     assert one == again != other
 
 
-def test_draws_are_numbers_from_zero_to_one_that_depend_on_seed_and_counter():
-    draws = np.array([[uniform(seed, n) for n in range(500)] for seed in range(20)])
-    assert draws.min() >= 0
-    assert draws.max() < 1
-    assert len(np.unique(draws)) == draws.size
-    assert abs(draws.mean() - 0.5) < 0.01
-    assert abs(np.corrcoef(draws)[np.triu_indices(20, 1)]).max() < 0.2
-    assert uniform(-1, 0) == uniform(2**64 - 1, 0)
-    assert len({mix(i) for i in range(1000)}) == 1000
+EXTREMES = [
+    {"repetition_penalty": 1e-300},
+    {"repetition_penalty": 1e300},
+    {"temperature": 1e-30},
+    {"temperature": 1e-320, "top_p": 0.5},
+    {"temperature": 1e300, "top_p": 0.5},
+    {"presence_penalty": 1e300, "frequency_penalty": -1e300},
+    {"logit_bias": {3: 1e300, 4: -1e300, 5: float("inf")}},
+    {"min_p": 1e-300, "top_p": 1e-300},
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("options", EXTREMES)
+def test_extreme_parameters_neither_warn_nor_fail(options):
+    params = SamplingParams(**options)
+    host = stream(HostSampler(VOCAB), params, 0)
+    assert min(host) >= 0
+    assert host == stream(DeviceSampler(VOCAB, "cpu"), params, 0)
 
 
 def test_penalties_count_the_prompt_or_the_output_as_they_should():

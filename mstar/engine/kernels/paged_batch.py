@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mstar.engine.kernels.staging import block_table, pack, to_device
+
 __all__ = ["BatchTensors", "PagedBatch", "PagedSpan"]
 
 
@@ -126,16 +128,20 @@ class PagedBatch:
         )
 
     @property
+    def slot_list(self) -> list[int]:
+        """Flat slot ``page * page_size + offset`` of every new token."""
+        return self._slots
+
+    @property
     def slots(self) -> Tensor:
-        """Flat slot ``page * page_size + offset`` of every new token, ``[T]`` int64 on CPU."""
+        """`slot_list` as a tensor, ``[T]`` int64 on CPU."""
         return self.slots_on(torch.device("cpu"))
 
     def slots_on(self, device: torch.device) -> Tensor:
         """`slots` on ``device``, copied there once."""
         found = self._slot_tensors.get(device)
         if found is None:
-            found = torch.tensor(self._slots, dtype=torch.int64).to(device)
-            self._slot_tensors[device] = found
+            found = self._slot_tensors[device] = to_device(self._slots, torch.int64, device)
         return found
 
     def tensors_on(self, device: torch.device) -> BatchTensors:
@@ -145,17 +151,14 @@ class PagedBatch:
             starts = [0]
             for n in self.query_lens:
                 starts.append(starts[-1] + n)
-            width = max((len(table) for table in self.tables), default=0) or 1
-            rows = [list(table) + [0] * (width - len(table)) for table in self.tables]
-
-            def to_device(values: list) -> Tensor:
-                return torch.tensor(values, dtype=torch.int32).to(device)
-
+            table = block_table(self.tables)
+            parts = starts, self.kv_lens, self.causal, table.ravel()
+            query_start, kv_len, causal, pages = pack(parts, torch.int32, device)
             found = BatchTensors(
-                query_start=to_device(starts),
-                kv_len=to_device(self.kv_lens),
-                block_table=to_device(rows),
-                causal=to_device([int(c) for c in self.causal]),
+                query_start=query_start,
+                kv_len=kv_len,
+                block_table=pages.view(table.shape),
+                causal=causal,
                 max_query_len=max(self.query_lens, default=0),
                 page_size=self.page_size,
                 has_decode=1 in self.query_lens,
@@ -183,7 +186,7 @@ class PagedBatch:
             return None
         index = self._index.get(pages.device)
         if index is None:
-            index = torch.tensor(self._gathered_pages, dtype=torch.int64).to(pages.device)
+            index = to_device(self._gathered_pages, torch.int64, pages.device)
             self._index[pages.device] = index
         shape = (len(self._gathered_pages), *pages.shape[1:])
         buffer = self._buffers.get(name)

@@ -2,6 +2,14 @@
 
 `sample_row` serves one row on the CPU and never sorts the whole vocabulary. `sample_batch` serves
 a batch on a device with dense tensor operations; it is also what `sample_row` is tested against.
+
+The draw is a race: every token that is left runs for an exponential time divided by its weight,
+and the first to arrive is the token. It wins with a probability proportional to its weight (this
+is the Gumbel-max trick without the logarithm; Maddison, Tarlow and Minka 2014, section 2). The
+times come from `counter_noise`, one for each token id. So a small change of the logits (the sums
+of a matrix product depend on the shape of the batch) changes the token only where two finished
+almost together, while in the usual draw, the place of one uniform number in the running sum of the
+weights, it moves every border between tokens and with them many a token of a flat row.
 """
 
 from __future__ import annotations
@@ -9,23 +17,27 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mstar.engine.sampling import HostState, SamplerState
+from mstar.engine.kernels.counter_noise import exponential, uniform, uniform_batch
+from mstar.engine.kernels.staging import pack
 
-__all__ = ["bias", "penalise", "sample_batch", "sample_row"]
+if TYPE_CHECKING:
+    from mstar.engine.sampling import DeviceState, HostState, SamplerState, SamplingParams
+
+__all__ = ["SampleRows", "bias", "penalise", "sample_batch", "sample_row"]
 
 # Less likely than exp(-40) times the most likely token: a million of them weigh less than 1e-11.
 _NEGLIGIBLE = 40.0
 _LOWEST = float(np.finfo(np.float32).min)
 _SORTABLE = 4096
 _BUCKETS = 2048
-_BLOCK = 1024
+_SIGN = 1 << 63
 
 
 def sample_row(logits: np.ndarray, state: HostState) -> int:
@@ -37,35 +49,67 @@ def sample_row(logits: np.ndarray, state: HostState) -> int:
     Args:
         logits: float32 `[vocab]`; it is overwritten.
     """
-    params = state.params
     _penalise_row(logits, state)
     best = int(logits.argmax())
     top = float(logits[best])
     if not math.isfinite(top):
         return -1
-    if params.temperature == 0.0:
+    if state.params.temperature == 0.0:
         return best
+    ids, weights = _survivors(logits, top, state.params)
+    return _race(ids, weights, state.next_key())
+
+
+def _survivors(logits: np.ndarray, top: float, params: SamplingParams) -> tuple:
+    """Ids, int64 `[n]`, of the tokens that may be drawn, and their weights, float64 `[n]`.
+
+    The weights are relative to the most likely token's. Some may be 0. Both arrays are
+    scratch: they hold until the next call in this thread.
+    """
     likely = logits >= max(top - _NEGLIGIBLE * params.temperature, _LOWEST)
-    ids, values = None, logits
     if np.count_nonzero(likely) < len(logits) // 4:
         ids = np.flatnonzero(likely)
         values = logits[ids]
+    else:
+        ids, values = _scratch.every(len(logits)), logits
     if 0 < params.top_k < len(values):
         largest = _largest(values, params.top_k)
-        ids = largest if ids is None else ids[largest]
-        values = logits[ids]
+        ids, values = ids[largest], values[largest]
     weights = _scratch.floats(len(values))
-    np.subtract(values, top, out=weights)
-    weights /= params.temperature
+    np.copyto(weights, values)
+    weights -= top  # in float64
+    with np.errstate(over="ignore"):
+        weights /= params.temperature
+    keep = None
     if params.top_p < 1.0:
-        mask = _nucleus(values, weights, params.top_p)
-        weights *= mask
+        keep = _nucleus(values, weights, params.top_p)
     else:
         np.exp(weights, out=weights)
     if params.min_p > 0.0:
-        weights *= weights >= params.min_p
-    place = _draw(weights, state.next_uniform())
-    return place if ids is None else int(ids[place])
+        heavy = weights >= params.min_p
+        keep = heavy if keep is None else np.logical_and(keep, heavy, out=keep)
+    if keep is not None:
+        if np.count_nonzero(keep) > len(ids) // 4:
+            weights *= keep  # dearer for the race, but cheaper than fresh memory
+        else:
+            kept = np.flatnonzero(keep)
+            ids, weights = ids[kept], weights[kept]
+    return ids, weights
+
+
+def _race(ids: np.ndarray, weights: np.ndarray, key: int) -> int:
+    """The id that wins with these weights: the largest weight / time."""
+    times = uniform(key, ids, *_scratch.race(len(ids)))
+    if len(ids) <= _SORTABLE:
+        return int(ids[(weights / exponential(times)).argmax()])
+    # A time is greater than the number that it is made from. So few tokens can win, and only their
+    # logarithms are needed: those not slower on that number than one of them is on its time.
+    bounds = np.divide(weights, times, out=weights)
+    best = int(bounds.argmax())
+    sure = bounds[best] * times[best] / exponential(times[best])
+    near = np.flatnonzero(bounds >= sure * (1 - 1e-12))
+    times = times[near]
+    return int(ids[near[(bounds[near] * times / exponential(times)).argmax()]])
 
 
 class _Scratch(threading.local):
@@ -74,6 +118,22 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._floats = np.empty(0, dtype=np.float64)
         self._ints = np.empty(0, dtype=np.int64)
+        self._every = np.empty(0, dtype=np.int64)
+        self._times = np.empty(0, dtype=np.float64)
+        self._hashes = np.empty(0, dtype=np.uint64)
+
+    def every(self, size: int) -> np.ndarray:
+        """The integers below `size`; not to be written to."""
+        if size > len(self._every):
+            self._every = np.arange(size, dtype=np.int64)
+        return self._every[:size]
+
+    def race(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """What `uniform` needs: float64 and uint64 `[size]`, uninitialised."""
+        if size > len(self._times):
+            self._times = np.empty(size, dtype=np.float64)
+            self._hashes = np.empty(size, dtype=np.uint64)
+        return self._times[:size], self._hashes[:size]
 
     def floats(self, size: int) -> np.ndarray:
         """Uninitialised float64 `[size]`."""
@@ -130,30 +190,17 @@ def _nucleus(values: np.ndarray, weights: np.ndarray, top_p: float) -> np.ndarra
     return mask
 
 
-def _draw(weights: np.ndarray, uniform: float) -> int:
-    """The index at which the running sum of the weights exceeds `uniform` times their sum."""
-    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)))
-    goal = uniform * sums[-1]
-    block = min(int(np.searchsorted(sums, goal, side="right")), len(sums) - 1)
-    inside = weights[block * _BLOCK : (block + 1) * _BLOCK]
-    before = sums[block - 1] if block else 0.0
-    place = int(np.searchsorted(before + np.cumsum(inside), goal, side="right"))
-    if place == len(inside):  # by rounding
-        place = int(np.flatnonzero(inside)[-1])
-    return block * _BLOCK + place
-
-
 def _penalise_row(logits: np.ndarray, state: HostState) -> None:
     params = state.params
     if params.repetition_penalty != 1.0:
         seen = state.seen
         values = logits[seen]
-        penalty = np.float32(params.repetition_penalty)
+        penalty = np.float32(state.repetition)
         logits[seen] = np.where(values > 0, values / penalty, values * penalty)
     if params.presence_penalty or params.frequency_penalty:
         ids, counts = np.unique(state.output, return_counts=True)
-        logits[ids] -= np.float32(params.presence_penalty) + counts.astype(np.float32) * np.float32(
-            params.frequency_penalty
+        logits[ids] -= np.float32(state.presence) + counts.astype(np.float32) * np.float32(
+            state.frequency
         )
     if len(state.bias_ids):
         logits[state.bias_ids] += state.bias
@@ -161,13 +208,72 @@ def _penalise_row(logits: np.ndarray, state: HostState) -> None:
         logits[state.stop_ids] = -np.inf
 
 
-def _column(values: list, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
+class SampleRows:
+    """The parameters of a batch as columns on its device, in two copies, and only if asked for."""
+
+    def __init__(self, states: Sequence[SamplerState], vocab: int, device: torch.device) -> None:
+        params = [state.params for state in states]
+        self.states = states
+        self.vocab = vocab
+        self.device = device
+        self.are_greedy = all(p.temperature == 0.0 for p in params)
+        self.penalise = any(p.penalises for p in params)
+        self.cut_by_rank = any(0 < p.top_k < vocab or p.top_p < 1.0 for p in params)
+
+    @cached_property
+    def _floats(self) -> list[Tensor]:
+        values = [
+            (p.temperature, p.top_p, p.min_p, s.repetition, s.presence, s.frequency)
+            for s in self.states
+            for p in (s.params,)
+        ]
+        return pack(list(zip(*values, strict=True)), torch.float64, self.device)
+
+    @cached_property
+    def _ints(self) -> list[Tensor]:
+        values = [
+            (
+                (s.next_key() ^ _SIGN) - _SIGN,  # the int64 with the same bits
+                s.params.top_k or self.vocab,
+                s.slot,
+                s.params.penalises,
+            )
+            for s in self.states
+        ]
+        return pack(list(zip(*values, strict=True)), torch.int64, self.device)
+
+    @property
+    def thresholds(self) -> tuple[Tensor, ...]:
+        """Temperature, top-p, min-p, float64 `[batch, 1]`."""
+        return tuple(column.unsqueeze(1) for column in self._floats[:3])
+
+    @property
+    def penalties(self) -> tuple[Tensor, ...]:
+        """Repetition, presence and frequency penalties, float32 `[batch, 1]`."""
+        return tuple(column.float().unsqueeze(1) for column in self._floats[3:])
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys of the draws, int64 `[batch, 1]`, modulo 2^64."""
+        return self._ints[0].unsqueeze(1)
+
+    @property
+    def top_k(self) -> Tensor:
+        """Int64 `[batch, 1]`."""
+        return self._ints[1].unsqueeze(1)
+
+    @property
+    def slots(self) -> Tensor:
+        """Rows of the sampler's tables, int64 `[batch]`."""
+        return self._ints[2]
+
+    @property
+    def counted(self) -> Tensor:
+        """1 for the rows that have penalties, int64 `[batch]`."""
+        return self._ints[3]
 
 
-def penalise(
-    logits: Tensor, in_prompt: Tensor, in_output: Tensor, states: Sequence[SamplerState]
-) -> Tensor:
+def penalise(logits: Tensor, in_prompt: Tensor, in_output: Tensor, rows: SampleRows) -> Tensor:
     """`logits` after repetition, presence and frequency penalties.
 
     Args:
@@ -175,53 +281,47 @@ def penalise(
         in_prompt: bool `[batch, vocab]`, tokens of the prompt.
         in_output: int `[batch, vocab]`, how often a token was chosen.
     """
-    device = logits.device
-    repetition = _column([s.params.repetition_penalty for s in states], device)
+    repetition, presence, frequency = rows.penalties
     penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(in_prompt | (in_output > 0), penalised, logits)
-    presence = _column([s.params.presence_penalty for s in states], device)
-    frequency = _column([s.params.frequency_penalty for s in states], device)
     return logits - (presence * (in_output > 0) + frequency * in_output)
 
 
-def bias(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+def bias(logits: Tensor, states: Sequence[DeviceState]) -> Tensor:
     """`logits` `[batch, vocab]` with logit biases added, and stop tokens out while it is early."""
     for row, state in zip(logits, states, strict=True):
-        if len(state.bias_ids):
-            ids = torch.as_tensor(state.bias_ids, device=row.device)
-            row[ids] += torch.as_tensor(state.bias, device=row.device)
-        if len(state.stop_ids) and not state.may_stop:
-            row[torch.as_tensor(state.stop_ids, device=row.device)] = -torch.inf
+        if state.bias_places is not None:
+            row.index_add_(0, state.bias_places, state.bias_values)
+        if state.stop_places is not None and not state.may_stop:
+            row.index_fill_(0, state.stop_places, -torch.inf)
     return logits
 
 
-def sample_batch(logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
+def sample_batch(logits: Tensor, rows: SampleRows) -> Tensor:
     """The next token of every row, int64 `[batch]`, from biased logits, float32 `[batch, vocab]`.
 
-    As for `sample_row`, which takes the same steps; it does not leave out what is negligible.
+    As for `sample_row`, which takes the same steps; it does not leave out what is negligible. The
+    host waits for nothing.
     """
-    device, vocab = logits.device, logits.shape[-1]
     top, greedy = logits.max(-1, keepdim=True)
     finite = top.isfinite()
-    if all(s.params.temperature == 0.0 for s in states):
+    if rows.are_greedy:
         return torch.where(finite, greedy, -1).squeeze(1)
-    ordered, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
-    double = torch.float64
-    temperature = _column([s.params.temperature or 1.0 for s in states], device, double)
-    weights = ((ordered.double() - top) / temperature).exp()
-    top_k = _column([s.params.top_k or vocab for s in states], device, torch.int64)
-    weights = weights.masked_fill(torch.arange(vocab, device=device) >= top_k, 0.0)
-    sums = weights.cumsum(-1)
-    top_p = _column([s.params.top_p for s in states], device, double)
-    keep = (sums - weights < top_p * sums[:, -1:]) | (top_p >= 1.0)
-    keep[:, 0] = True
-    keep &= weights >= _column([s.params.min_p for s in states], device, double)
-    # Back in the order of ids, so that the draw does not depend on how ties were sorted.
-    weights = torch.zeros_like(weights).scatter_(1, ids, weights * keep)
-    sums = weights.cumsum(-1)
-    draws = _column([s.next_uniform() for s in states], device, double)
-    drawn = torch.searchsorted(sums, draws * sums[:, -1:], right=True)
-    last = vocab - 1 - (weights.flip(-1) > 0).to(torch.uint8).argmax(-1, keepdim=True)
-    is_greedy = _column([s.params.temperature == 0.0 for s in states], device, torch.bool)
-    tokens = torch.where(is_greedy, greedy, torch.minimum(drawn, last))
-    return torch.where(finite, tokens, -1).squeeze(1)
+    temperature, top_p, min_p = rows.thresholds
+    is_greedy = temperature == 0.0
+    if rows.cut_by_rank:
+        values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    else:
+        values, ids = logits, torch.arange(rows.vocab, device=logits.device)
+    weights = values.double().sub_(top).div_(temperature.masked_fill(is_greedy, 1.0)).exp_()
+    if rows.cut_by_rank:
+        rank = torch.arange(rows.vocab, device=logits.device)
+        weights.masked_fill_(rank >= rows.top_k, 0.0)
+        sums = weights.cumsum(-1)
+        beyond = (sums - weights >= top_p * sums[:, -1:]).logical_and_(top_p < 1.0)
+        beyond[:, 0] = False
+        weights.masked_fill_(beyond, 0.0)
+    weights.masked_fill_(weights < min_p, 0.0)
+    place = weights.div_(exponential(uniform_batch(rows.keys, ids))).argmax(-1, keepdim=True)
+    drawn = ids.gather(1, place) if rows.cut_by_rank else place
+    return torch.where(finite, torch.where(is_greedy, greedy, drawn), -1).squeeze(1)

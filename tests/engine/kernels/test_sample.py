@@ -9,21 +9,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mstar.engine.kernels.sample import bias, penalise, sample_batch, sample_row
+from mstar.engine.kernels import sample
+from mstar.engine.kernels.sample import SampleRows, bias, penalise, sample_batch, sample_row
 from mstar.engine.sampler import DeviceSampler, HostSampler
 from mstar.engine.sampling import HostState, SamplingParams
 
 GOLDENS = Path(__file__).parents[2] / "data" / "orpheus" / "goldens.safetensors"
 
 
-def kept(logits, params, history=(), draws=4000):
-    """The tokens that can come out, by drawing evenly spaced numbers instead of random ones."""
-    state = HostState(params, history, len(logits))
-    tokens = set()
-    for i in range(draws):
-        state.next_uniform = lambda i=i: (i + 0.5) / draws
-        tokens.add(sample_row(np.array(logits, dtype=np.float32), state))
-    return tokens
+CPU = torch.device("cpu")
+
+
+def chances(logits, params, history=()):
+    """The probability of each token that can come out."""
+    row, state = np.array(logits, dtype=np.float32), HostState(params, history, len(logits))
+    sample._penalise_row(row, state)
+    ids, weights = sample._survivors(row, float(row.max()), params)
+    ids, weights = ids[weights > 0].tolist(), weights[weights > 0]
+    return dict(zip(ids, (weights / weights.sum()).tolist(), strict=True))
+
+
+def kept(logits, params, history=()):
+    """The tokens that can come out."""
+    return set(chances(logits, params, history))
+
+
+def batched(logits, states):
+    rows = torch.from_numpy(np.array(logits, dtype=np.float32))
+    return sample_batch(rows, SampleRows(states, rows.shape[1], CPU)).tolist()
 
 
 @st.composite
@@ -69,7 +82,7 @@ def test_greedy_takes_the_first_of_the_best():
     params = SamplingParams(temperature=0.0)
     logits = np.array([0, 3, 1, 3], dtype=np.float32)
     assert sample_row(logits.copy(), HostState(params, [], 4)) == 1
-    assert sample_batch(torch.from_numpy(logits)[None], [HostState(params, [], 4)]).tolist() == [1]
+    assert batched(logits[None], [HostState(params, [], 4)]) == [1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -79,16 +92,16 @@ def test_no_token_is_chosen_from_scores_that_make_no_sense(bad, temperature):
     bad, good = np.array(bad, dtype=np.float32), np.array([-np.inf, 5, -np.inf], dtype=np.float32)
     assert sample_row(bad.copy(), HostState(params, [], 3)) == -1
     states = [HostState(params, [], 3) for _ in range(2)]
-    assert sample_batch(torch.from_numpy(np.stack([bad, good])), states).tolist() == [-1, 1]
+    assert batched(np.stack([bad, good]), states) == [-1, 1]
 
 
 @pytest.mark.parametrize("vocab", [3, 6000])
 def test_tokens_that_are_equally_likely_are_drawn_evenly_and_cut_from_the_end(vocab):
     flat = np.zeros(vocab)
-    assert kept(flat, SamplingParams(), draws=vocab) == set(range(vocab))
+    assert kept(flat, SamplingParams()) == set(range(vocab))
     assert kept(flat, SamplingParams(top_k=2)) == {0, 1}
-    assert kept(flat, SamplingParams(top_p=0.5), draws=vocab) == set(range((vocab + 1) // 2))
-    assert kept(flat, SamplingParams(min_p=1.0), draws=vocab) == set(range(vocab))
+    assert kept(flat, SamplingParams(top_p=0.5)) == set(range((vocab + 1) // 2))
+    assert kept(flat, SamplingParams(min_p=1.0)) == set(range(vocab))
 
 
 def test_stop_tokens_wait_for_min_tokens_and_biases_are_added():
@@ -102,22 +115,76 @@ def test_stop_tokens_wait_for_min_tokens_and_biases_are_added():
     assert sample_row(logits.copy(), biased) == 0
 
 
-def test_draws_follow_the_distribution():
+def drawn(sampler, logits, seeds, steps, **options):
+    """How often each token is drawn, by several sequences for some steps."""
+    states = [sampler.open(SamplingParams(seed=s, **options), []) for s in seeds]
+    rows = torch.from_numpy(logits).repeat(len(states), 1)
+    tokens = torch.stack([sampler.sample(rows.clone(), states) for _ in range(steps)])
+    return np.bincount(tokens.flatten().numpy(), minlength=len(logits)), tokens
+
+
+@pytest.mark.parametrize("make", [HostSampler, lambda vocab: DeviceSampler(vocab, "cpu")])
+def test_draws_follow_the_distribution(make):
     """Chi-square with 7 degrees of freedom: above 24.3 one time in a thousand."""
     logits = np.log([0.3, 0.2, 0.15, 0.1, 0.1, 0.08, 0.05, 0.02]).astype(np.float32)
-    draws = 20000
-    for sampler in HostSampler(8), DeviceSampler(8, "cpu"):
-        state = sampler.open(SamplingParams(seed=7), [])
-        counts = np.zeros(8)
-        for _ in range(draws // 100):
-            rows = torch.from_numpy(logits).repeat(100, 1)
-            states = [sampler.open(SamplingParams(seed=s), []) for s in range(100)]
-            for s in states:
-                s.drawn = state.drawn
-            np.add.at(counts, sampler.sample(rows, states).numpy(), 1)
-            state.drawn += 1
-        expected = np.exp(logits) * draws
-        assert ((counts - expected) ** 2 / expected).sum() < 24.3
+    counts, tokens = drawn(make(8), logits, range(7, 107), 200)
+    expected = np.exp(logits) * tokens.numel()
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3
+    # Tokens of one step, and of one sequence, say nothing about their neighbours (49 degrees).
+    for one, other in ((tokens[1:], tokens[:-1]), (tokens[:, 1:], tokens[:, :-1])):
+        pairs = np.bincount((one * 8 + other).flatten().numpy(), minlength=64).reshape(8, 8)
+        expected = np.outer(pairs.sum(1), pairs.sum(0)) / pairs.sum()
+        assert ((pairs - expected) ** 2 / expected).sum() < 85.4
+
+
+def test_draws_from_a_large_vocabulary_follow_the_distribution():
+    """Where not every logarithm is taken. 31 degrees of freedom: above 61.1 once in a thousand."""
+    vocab = 8000
+    logits = np.random.default_rng(0).normal(0, 1, vocab).astype(np.float32)
+    counts, _ = drawn(HostSampler(vocab), logits, range(80), 50)
+    share = np.exp(logits.astype(np.float64))
+    expected = (share / share.sum()).reshape(32, -1).sum(1) * 4000
+    found = counts.reshape(32, -1).sum(1)
+    assert ((found - expected) ** 2 / expected).sum() < 61.1
+
+
+def test_the_shortcut_of_the_race_finds_its_winner():
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        count = int(rng.integers(sample._SORTABLE + 1, 30_000))
+        ids = np.sort(rng.permutation(160_000)[:count])
+        weights = np.exp(rng.normal(0, rng.choice([0.0, 0.5, 5.0]), count))
+        if trial % 2:
+            weights[rng.random(count) < 0.99] = 0.0
+        times = sample.exponential(sample.uniform(trial, ids, *sample._scratch.race(count)))
+        expected = ids[(weights / times).argmax()]
+        assert sample._race(ids, weights.copy(), trial) == expected
+
+
+def inversion_changes(one, other):
+    """The chance that a uniform number falls on another token: where the usual draw differs."""
+    sums = [np.cumsum(np.exp(row.astype(np.float64))) for row in (one, other)]
+    first, second = (np.concatenate([[0.0], s / s[-1]]) for s in sums)
+    same = np.minimum(first[1:], second[1:]) - np.maximum(first[:-1], second[:-1])
+    return 1 - np.maximum(same, 0).sum()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95])
+def test_a_slight_change_of_the_logits_hardly_ever_changes_a_token(top_p):
+    vocab, seeds = 150_000, range(80)
+    rng = np.random.default_rng(0)
+    sampler = HostSampler(vocab)
+    changed, inversion = 0, []
+    for _ in range(5):
+        logits = rng.normal(0, 1, vocab).astype(np.float32)
+        noisy = logits * (1 + 3e-5 * rng.standard_normal(vocab).astype(np.float32))
+        inversion.append(inversion_changes(logits, noisy))
+        one, other = (
+            drawn(sampler, row, seeds, 1, top_p=top_p)[1].numpy() for row in (logits, noisy)
+        )
+        changed += int((one != other).sum())
+    assert changed < 0.005 * len(seeds) * 5
+    assert np.mean(inversion) > 0.005
 
 
 # -- against transformers ------------------------------------------------------------------------
@@ -168,15 +235,13 @@ def test_the_steps_match_the_reference_notes():
     state = DeviceSampler(vocab, "cpu").open(params, golden["history"][0].tolist())
     prompt = torch.zeros(1, vocab, dtype=torch.bool)
     prompt[0, golden["history"][0].long()] = True
-    penalised = penalise(golden["in"], prompt, torch.zeros(1, vocab), [state])
+    rows = SampleRows([state], vocab, CPU)
+    penalised = penalise(golden["in"], prompt, torch.zeros(1, vocab), rows)
     torch.testing.assert_close(penalised, golden["after_penalty"])
     torch.testing.assert_close(bias(penalised, [state]) / 0.6, golden["after_temperature"])
     expected = set(torch.isfinite(golden["after_top_p"][0]).nonzero().flatten().tolist())
-    history = golden["history"][0].tolist()
-    assert kept(golden["in"][0].numpy(), params, history) == expected
-    counts = np.zeros(vocab)
-    host = HostState(params, history, vocab)
-    for i in range(4000):
-        host.next_uniform = lambda i=i: (i + 0.5) / 4000
-        counts[sample_row(golden["in"][0].numpy().copy(), host)] += 1
-    np.testing.assert_allclose(counts / 4000, golden["probs"][0].numpy(), atol=5e-4)
+    found = chances(golden["in"][0].numpy(), params, golden["history"][0].tolist())
+    assert set(found) == expected
+    probabilities = np.zeros(vocab)
+    probabilities[list(found)] = list(found.values())
+    np.testing.assert_allclose(probabilities, golden["probs"][0].numpy(), atol=1e-6)

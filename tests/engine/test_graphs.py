@@ -1,0 +1,134 @@
+"""The host's side of captured steps, with a recorder that runs the step instead of a GPU."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_lm import GREEDY, NETWORK, alone, decode, language_model
+from walks import results
+
+from mstar.engine import lm as lm_module
+from mstar.engine.graphs import DecodeGraphs
+from mstar.engine.kernels.paged_batch import PagedBatch
+from mstar.engine.paged_context import PagedContext
+from mstar.engine.spans import Step, Tokens, gather_ids
+
+pytestmark = pytest.mark.usefixtures("inference")
+BUCKETS = [1, 2, 4, 8]
+
+
+@pytest.fixture
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+def record(step):
+    """Runs the step again for each replay, into the same outputs."""
+    outputs = step()
+
+    def replay():
+        for target, value in zip(outputs, step(), strict=True):
+            target.copy_(value)
+
+    return replay, outputs
+
+
+class Decode:
+    """The step of a network over its fixed inputs; the CPU's kernels want lists."""
+
+    def __init__(self, lm):
+        self.lm = lm
+        self.sizes = []
+
+    def __call__(self, ids, positions, context):
+        given, pool = context.batch, self.lm.pool
+        count = int((context.slots >= 0).sum())
+        assert torch.equal(context.slots[count:], torch.full_like(context.slots[count:], -1))
+        assert given.kv_len[count:].tolist() == [1] * (len(ids) - count)
+        self.sizes.append((len(ids), count))
+        hidden = torch.zeros(len(ids), NETWORK.config.hidden_size)
+        logits = torch.zeros(len(ids), NETWORK.vocab_size)
+        if count:
+            batch = PagedBatch(
+                [1] * count,
+                given.kv_len[:count].tolist(),
+                given.block_table[:count].tolist(),
+                [True] * count,
+                given.page_size,
+            )
+            assert batch.slot_list == context.slots[:count].tolist()
+            where = PagedContext(pool, batch, context.slots[:count])
+            hidden[:count] = NETWORK(ids[:count], positions[:count], where)
+            logits[:count] = NETWORK.logits(hidden[:count])
+        return hidden, logits
+
+
+def captured(**options):
+    lm, runtime = language_model(**options)
+    step = Decode(lm)
+    lm.graphs = DecodeGraphs(step, lm.pool, BUCKETS, lm.pool.capacity, record)
+    lm.graphs.capture()
+    return lm, runtime, step
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_captured_steps_choose_the_tokens_of_plain_ones(look_ahead):
+    rng = random.Random(0)
+    cases = [
+        (
+            rng.choices(range(40), k=rng.randint(1, 20)),
+            replace(GREEDY, max_tokens=rng.randint(1, 20), temperature=float(n % 2), seed=n),
+        )
+        for n in range(11)
+    ]
+    lm, runtime, step = captured(max_batch=8, look_ahead=look_ahead)
+    step.sizes.clear()
+    found = results(*(decode(lm, p, s) for p, s in cases), runtime=runtime)
+    assert found == [alone(p, s) for p, s in cases]
+    assert {size for size, _ in step.sizes} == set(BUCKETS)
+    assert all(size == min(b for b in BUCKETS if b >= count) for size, count in step.sizes)
+
+
+def test_what_does_not_fit_is_not_captured():
+    lm, _, _ = captured()
+    assert lm.graphs.fits(8, [[0]] * 8)
+    assert not lm.graphs.fits(9, [[0]] * 9)
+    narrow = DecodeGraphs(lm.graphs.forward, lm.pool, BUCKETS, 8, record)
+    assert narrow.fits(1, [[0, 1]])
+    assert not narrow.fits(1, [[0, 1, 2]])
+
+
+def test_a_capture_that_fails_leaves_the_model_without_graphs(monkeypatch):
+    def fails():
+        def capture(step):
+            raise RuntimeError("no memory")
+
+        return capture
+
+    monkeypatch.setattr(lm_module, "record", fails)
+    lm, runtime = language_model()
+    lm._use_graphs = True
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no memory"):
+            lm.warmup()
+        assert lm.graphs is None
+    assert results(decode(lm, [1, 2], GREEDY), runtime=runtime) == [alone([1, 2], GREEDY)]
+
+
+def test_ids_are_gathered_from_the_host_and_from_earlier_batches():
+    one, two = Tokens(torch.tensor([10, 11, 12])), Tokens(torch.tensor([20, 21]))
+    cpu = torch.device("cpu")
+
+    def ids(*parts):
+        parts = [Step(p[0], p[1], None) if isinstance(p, tuple) else p for p in parts]
+        return gather_ids(parts, cpu).tolist()
+
+    assert ids([1, 2], [3]) == [1, 2, 3]
+    assert ids((one, 0), (one, 1), (one, 2)) == [10, 11, 12]
+    assert ids((one, 1), (one, 2)) == [11, 12]
+    assert ids((one, 2), (one, 0)) == [12, 10]
+    assert ids((two, 1), [1, 2], (one, 2), [3], (two, 0)) == [21, 1, 2, 12, 3, 20]
