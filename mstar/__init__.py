@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mstar.client import AsyncMStarClient as AsyncMStarClient
+    from mstar.client import MStarClient as MStarClient
     from mstar.errors import *  # noqa: F403
     from mstar.local import Engine as Engine
     from mstar.local import Handle as Handle
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "mstar.client": ("AsyncMStarClient", "MStarClient"),
     "mstar.local": ("Engine", "Handle"),
     "mstar.types": (
         "ActionChunk",

@@ -1,14 +1,16 @@
-"""The generating methods that `Engine` and the HTTP client share, and the names that go with them.
+"""The generating methods that `Engine` and the HTTP clients share, and the names that go with them.
 
-Needs numpy only: neither torch nor transformers.
+`MStarClient` is here, too. Needs requests and numpy only: neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mstar.async_client import AsyncMStarClient
 from mstar.errors import (
     EngineClosed,
     EngineOverloaded,
@@ -22,6 +24,8 @@ from mstar.errors import (
     RequestTimeout,
     WeightsError,
 )
+from mstar.form import Form, make_form
+from mstar.transport import Deadline, Server, broken, refusal, unreachable
 from mstar.types import (
     ActionChunk,
     AudioBuffer,
@@ -33,9 +37,14 @@ from mstar.types import (
     TextChunk,
     Usage,
 )
+from mstar.wire import RawChunk, Reply
+
+if TYPE_CHECKING:
+    import requests
 
 __all__ = [
     "ActionChunk",
+    "AsyncMStarClient",
     "AudioBuffer",
     "AudioChunk",
     "EngineClosed",
@@ -46,9 +55,11 @@ __all__ = [
     "ImageChunk",
     "InvalidRequest",
     "LatentChunk",
+    "MStarClient",
     "MStarError",
     "ModelNotFound",
     "OutOfMemory",
+    "RawChunk",
     "RequestCancelled",
     "RequestFailed",
     "RequestStopped",
@@ -134,6 +145,191 @@ class GenerateMethods(ABC):
         return self.generate(
             text=text, output_modalities=(modality,), stream=False, **_given(**kwargs)
         )
+
+
+class MStarClient(GenerateMethods):
+    """A model behind HTTP: any server that speaks the native route (`POST /generate`).
+
+    Has the generating methods of `Engine`; may be used from several threads.
+
+    Args:
+        base_url: where the server is.
+        timeout: longest silence of the server in seconds. A `timeout=` given to a generating method
+            limits that whole request instead, as it does with `Engine`.
+        api_key: sent as `Authorization: Bearer`.
+        connect_timeout: longest time to connect, in seconds.
+        session: a `requests.Session` of your own (proxies, certificates, ...); it is not closed.
+
+    Raises:
+        InvalidRequest: an argument is not accepted.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        timeout: float = 600.0,
+        api_key: str | None = None,
+        *,
+        connect_timeout: float = 10.0,
+        session: requests.Session | None = None,
+    ) -> None:
+        self._server = Server(base_url, timeout, api_key, connect_timeout)
+        self.base_url, self.timeout = self._server.base_url, self._server.timeout
+        self._own_session = session is None
+        self._session = _new_session() if session is None else session
+
+    def generate(
+        self,
+        *,
+        text: str | None = None,
+        images: Any = None,
+        audio: Any = None,
+        video: Any = None,
+        output_modalities: Sequence[str] | None = None,
+        input_modalities: Sequence[str] | None = None,
+        stream: bool = False,
+        request_id: str | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateResult | Iterator[Event]:
+        """Run one request on the server. Arguments as for `Engine.generate`.
+
+        Media is a path, bytes, `(filename, bytes)`, or a list of those. `None` values are dropped.
+        Closing or dropping the iterator early closes the connection, which cancels the request.
+
+        Raises:
+            InvalidRequest: the request cannot be sent, or the server refused it.
+            EngineOverloaded: too many requests are waiting; `retry_after` has seconds or `None`.
+            EngineClosed: the server cannot be reached, or takes no more requests.
+            RequestTimeout: the deadline passed, or the server was silent for too long.
+            RequestFailed: the server failed, or the connection was lost.
+        """
+        form = make_form(
+            text=text,
+            images=images,
+            audio=audio,
+            video=video,
+            output_modalities=output_modalities,
+            input_modalities=input_modalities,
+            stream=stream,
+            request_id=request_id,
+            **model_kwargs,
+        )
+        reply = Reply(self._server.generate_url, form.stream, request_id)
+        events = self._events(form, reply)
+        next(events)  # up to the header of the reply: a refusal is raised here
+        if stream:
+            return events
+        for _ in events:
+            pass
+        return reply.whole()
+
+    def health(self) -> dict[str, str]:
+        """What the server says of itself: `{"status": "healthy"}`.
+
+        Raises:
+            EngineClosed: the server cannot be reached, is not ready, or is shutting down.
+        """
+        url = self._server.health_url
+        deadline = Deadline(self._server.connect_timeout)
+        reply = Reply(url, stream=False)
+        with self._typed(reply, deadline):
+            response = self._session.get(
+                url,
+                headers=self._server.headers(),
+                auth=self._server.authorize,
+                timeout=self._server.timeouts(deadline),
+                allow_redirects=False,
+            )
+        return self._server.health_of(response.status_code, response.headers, response.content)
+
+    def close(self) -> None:
+        """Close the connections. May be called twice."""
+        if self._own_session:
+            self._session.close()
+
+    def __enter__(self) -> MStarClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _events(self, form: Form, reply: Reply) -> Iterator[Any]:
+        """`None` once the server has accepted the request, then the events."""
+        deadline = Deadline(form.timeout)
+        with self._typed(reply, deadline):
+            response = self._session.post(
+                reply.url,
+                data=form.body,
+                headers=self._server.headers(form),
+                auth=self._server.authorize,
+                timeout=self._server.timeouts(deadline),
+                allow_redirects=False,
+                stream=True,
+            )
+        try:
+            pieces = self._pieces(response, reply, deadline)
+            if response.status_code != 200:
+                body = b"".join(pieces)
+                raise refusal("POST", reply.url, response.status_code, response.headers, body)
+            reply.begin(response.headers)
+            yield None
+            for piece in pieces:
+                yield from reply.feed(piece)
+            yield from reply.finish()
+        finally:
+            response.close()
+
+    def _pieces(
+        self, response: requests.Response, reply: Reply, deadline: Deadline
+    ) -> Iterator[bytes]:
+        """The body as it comes."""
+        raw = response.raw
+        if raw.chunked or not hasattr(raw, "read1"):
+            pieces = raw.stream(None if raw.chunked else 1, decode_content=True)
+        else:
+            pieces = iter(lambda: raw.read1(65536, decode_content=True), b"")
+        while True:
+            try:
+                with self._typed(reply, deadline):
+                    _, silence = self._server.timeouts(deadline)
+                    socket = getattr(getattr(raw, "connection", None), "sock", None)
+                    if socket is not None:
+                        socket.settimeout(silence)
+                    piece = next(pieces, None)
+            except RequestFailed:
+                if reply.done:  # nothing was lost
+                    return
+                raise
+            if piece is None:
+                return
+            yield piece
+
+    @contextlib.contextmanager
+    def _typed(self, reply: Reply, deadline: Deadline) -> Iterator[None]:
+        """Errors of the transport, as ours."""
+        import requests
+        from urllib3 import exceptions
+
+        try:
+            yield
+        except requests.ConnectTimeout as error:
+            raise reply.late(deadline, self._server.connect_timeout) from error
+        except (requests.Timeout, exceptions.TimeoutError, TimeoutError) as error:
+            raise reply.late(deadline, self.timeout) from error
+        except (requests.RequestException, exceptions.HTTPError, OSError) as error:
+            reason = getattr(error.args[0] if error.args else None, "reason", None)
+            failed = isinstance(reason, (exceptions.NewConnectionError, exceptions.SSLError))
+            failed = failed or isinstance(error, requests.exceptions.ProxyError)
+            raise (unreachable if failed else broken)(reply.url, error) from error
+
+
+def _new_session() -> requests.Session:
+    import requests
+
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=64))
+    return session
 
 
 def _given(**kwargs: Any) -> dict[str, Any]:
