@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mstar.errors import InvalidRequest
-from mstar.models.orpheus.card import CARD
+from mstar.models.orpheus.card import CARD, MOST_TOKENS
 from mstar.models.parameters import Parameter, Parameters
 
 
@@ -189,7 +189,8 @@ def test_orpheus_has_the_published_defaults():
     assert values["voice"] == "tara"
     assert (values["temperature"], values["top_p"], values["top_k"]) == (0.6, 0.8, 0)
     assert values["repetition_penalty"] == 1.3
-    assert values["max_output_tokens"] == 4096
+    assert values["max_output_tokens"] is None  # 4096, or what there is room for
+    assert MOST_TOKENS == 4096
     assert (values["seed"], values["stop"], values["logit_bias"]) == (None, None, None)
     assert (values["codec_noise"], values["lookahead"]) == ("seeded", 3)
     assert values["split_text"] is True

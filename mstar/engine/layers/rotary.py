@@ -53,17 +53,18 @@ def inverse_frequencies(
     """Frequencies float32 `[head_dim / 2]` in radians per position, and a factor on cos and sin.
 
     Raises:
-        ValueError: a kind of scaling that is not one of default, linear, llama3, yarn.
+        ValueError: a kind of scaling that is not one of default, linear, llama3, yarn, or a number
+            of it that is missing or makes no sense.
     """
     scaling = dict(scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = scaling.get("rope_theta", theta)
+    theta = _number({"rope_theta": theta, **scaling}, "rope_theta", above=1)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     base = 1.0 / (theta**exponents)
     if kind == "default":
         return base, 1.0
     if kind == "linear":
-        return base / scaling["factor"], 1.0
+        return base / _number(scaling, "factor"), 1.0
     if kind == "llama3":
         return _llama3(base, scaling), 1.0
     if kind == "yarn":
@@ -73,8 +74,9 @@ def inverse_frequencies(
 
 def _llama3(base: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, others blended."""
-    factor, low, high = (scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = scaling["original_max_position_embeddings"]
+    factor, low = _number(scaling, "factor"), _number(scaling, "low_freq_factor")
+    high = _number(scaling, "high_freq_factor", above=low)
+    original = _number(scaling, "original_max_position_embeddings")
     wavelength = 2 * math.pi / base
     blend = (original / wavelength - low) / (high - low)
     blended = (1 - blend) * base / factor + blend * base
@@ -86,27 +88,45 @@ def _yarn(
     base: Tensor, head_dim: int, theta: float, scaling: Mapping[str, Any]
 ) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023), section 3.2 for the frequencies and equation 22 for the factor."""
-    factor = scaling["factor"]
-    original = scaling["original_max_position_embeddings"]
+    factor = _number(scaling, "factor")
+    original = _number(scaling, "original_max_position_embeddings")
 
     def dimension_of(rotations: float) -> float:
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = dimension_of(scaling.get("beta_fast") or 32)
-    high = dimension_of(scaling.get("beta_slow") or 1)
+    low = dimension_of(_number(scaling, "beta_fast", 32))
+    high = dimension_of(_number(scaling, "beta_slow", 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     span = high - low if high != low else 0.001
     ramp = ((torch.arange(head_dim // 2).float() - low) / span).clamp(0, 1)
-    attention = scaling.get("attention_factor")
-    if attention is None:
-        attention = _yarn_attention(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
-    return base / factor * ramp + base * (1 - ramp), float(attention)
+    if scaling.get("attention_factor") is not None:
+        attention = _number(scaling, "attention_factor")
+    else:
+        attention = _yarn_attention(scaling, factor)
+    return base / factor * ramp + base * (1 - ramp), attention
 
 
-def _yarn_attention(factor: float, mscale: float | None, mscale_all: float | None) -> float:
+def _yarn_attention(scaling: Mapping[str, Any], factor: float) -> float:
     def term(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    return term(mscale) / term(mscale_all) if mscale and mscale_all else term(1.0)
+    if not (scaling.get("mscale") and scaling.get("mscale_all_dim")):
+        return term(1.0)
+    return term(_number(scaling, "mscale")) / term(_number(scaling, "mscale_all_dim"))
+
+
+def _number(
+    scaling: Mapping[str, Any], key: str, default: float | None = None, *, above: float = 0
+) -> float:
+    """A finite number of the scaling that is greater than `above`."""
+    value = scaling.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"{key} is missing in the rotary scaling {dict(scaling)}")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not above < value < math.inf:
+        raise ValueError(f"{key}={value!r} in the rotary scaling: must be a number above {above}")
+    return float(value)

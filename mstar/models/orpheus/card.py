@@ -11,7 +11,7 @@ from mstar.errors import InvalidRequest
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters, plain
 
-__all__ = ["CARD", "VOICES"]
+__all__ = ["CARD", "MOST_TOKENS", "VOICES"]
 
 VOICES = ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe", "julia")
 
@@ -19,6 +19,7 @@ VOCAB_SIZE = 156940
 CUSTOM_TOKEN_0 = 128256
 NAMED_TOKENS = {"<|begin_of_text|>": 128000, "<|eot_id|>": 128009}
 MAX_CONTEXT = 131072
+MOST_TOKENS = 4096  # of an utterance, where the user sets no limit: 50 seconds
 MAX_STOPS = 16
 
 
@@ -67,6 +68,7 @@ def _is_list(value: Any) -> bool:
 
 def _together(values: dict[str, Any]) -> None:
     least, most = values["min_tokens"], values["max_output_tokens"]
+    most = MOST_TOKENS if most is None else most
     if least > most:
         raise InvalidRequest("min_tokens", least, f"must not exceed max_output_tokens={most}")
 
@@ -95,7 +97,14 @@ PARAMETERS = Parameters(
         Parameter(
             "force_voice", bool, False, help="accept voices that the published model does not know"
         ),
-        Parameter("temperature", float, 0.6, low=0, help="spread of the sampling; 0 is greedy"),
+        Parameter(
+            "temperature",
+            float,
+            0.6,
+            low=0,
+            high=100,
+            help="spread of the sampling; 0 is greedy",
+        ),
         Parameter(
             "top_p",
             float,
@@ -120,8 +129,8 @@ PARAMETERS = Parameters(
             "repetition_penalty",
             float,
             1.3,
-            low=0,
-            low_open=True,
+            low=0.01,
+            high=100,
             help="divides the logits of tokens seen so far; stable speech needs 1.1 or more",
         ),
         Parameter(
@@ -143,11 +152,12 @@ PARAMETERS = Parameters(
         Parameter(
             "max_output_tokens",
             int,
-            4096,
             low=1,
             high=MAX_CONTEXT,
+            nullable=True,
             aliases=("max_tokens", "max_new_tokens"),
-            help="longest output; 82 tokens are one second of speech",
+            help="longest output, of each utterance where the text is split; 82 tokens are one "
+            f"second of speech. Null means {MOST_TOKENS}, or as many as the model has room for",
         ),
         Parameter(
             "min_tokens",
@@ -193,13 +203,14 @@ PARAMETERS = Parameters(
             3,
             low=0,
             high=3,
-            help="frames (85 ms) of right context for the codec; 3 is exact, less is earlier",
+            help="frames (85 ms) of right context for the codec; 3 is exact, less is earlier. "
+            "Where the text is split, 0 counts as 1: utterances fade into each other",
         ),
         Parameter(
             "split_text",
             bool,
             True,
-            help="speak long text sentence group by sentence group, in parallel",
+            help="speak long text as several utterances of whole sentences, in parallel",
         ),
     ],
     check=_together,

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mstar.models.orpheus.frames import to_pcm16
+from mstar.models.orpheus.frames import by_level, to_pcm16
+from mstar.models.orpheus.noise import FrameNoise, by_block
 from mstar.models.orpheus.snac import SnacDecoder
 
 __all__ = ["CodecJob", "codec_runner"]
@@ -22,14 +23,17 @@ class CodecJob:
     """Decode a window and cut out what is heard.
 
     Args:
-        codes: one int64 tensor per codebook, `[frames * stride]`.
-        noise: one float32 tensor `[1, 1, samples]` per block, or None for no noise.
+        codes: 7 codes of each frame, in the order of their tokens.
+        low, high: the frames of the utterance that these are, `[low, high)`.
+        seed: of the utterance's noise, or None for no noise.
         keep: frames of the window that are heard, `[first, last)`.
         fade_in, fade_out: ramp the first or last few milliseconds, where utterances are joined.
     """
 
-    codes: tuple[Tensor, ...]
-    noise: list[Tensor] | None
+    codes: list[int]
+    low: int
+    high: int
+    seed: int | None
     keep: tuple[int, int]
     fade_in: bool = False
     fade_out: bool = False
@@ -37,12 +41,12 @@ class CodecJob:
     @property
     def shape(self) -> tuple[int, tuple[int, int], bool]:
         """What jobs of one batch have in common."""
-        return len(self.codes[0]), self.keep, self.noise is None
+        return self.cost, self.keep, self.seed is None
 
     @property
     def cost(self) -> int:
         """Frames to decode."""
-        return len(self.codes[0])
+        return self.high - self.low
 
 
 def codec_runner(
@@ -50,16 +54,19 @@ def codec_runner(
 ) -> Callable[[list[CodecJob]], list[np.ndarray]]:
     """A node's `run`: jobs of equal length in, int16 samples of each job out."""
     ramp = np.sin(np.linspace(0, np.pi / 2, int(FADE_SECONDS * snac.config.sampling_rate))) ** 2
+    lengths = snac.noise_lengths(1)
+    frame_noise = FrameNoise(sum(lengths))
 
     def run(jobs: list[CodecJob]) -> list[np.ndarray]:
-        codes = [
-            torch.stack(level).to(device) for level in zip(*(j.codes for j in jobs), strict=True)
-        ]
+        first = jobs[0]
+        levels = by_level(torch.tensor([job.codes for job in jobs]))
+        sizes = [level.shape[1] for level in levels]
+        codes = _to_device(torch.cat(levels, 1), device).split(sizes, 1)
         noise = None
-        if jobs[0].noise is not None:
-            blocks = zip(*(job.noise for job in jobs), strict=True)
-            noise = [torch.cat(block).to(device) for block in blocks]
-        waves = snac(codes, noise, keep=jobs[0].keep).cpu().numpy()
+        if first.seed is not None:
+            windows = [frame_noise.window(j.seed, j.low, j.high) for j in jobs]
+            noise = by_block(_to_device(torch.stack(windows), device), lengths)
+        waves = _to_host(snac(codes, noise, keep=first.keep)).numpy()
         return [finish(wave, job) for wave, job in zip(waves, jobs, strict=True)]
 
     def finish(heard: np.ndarray, job: CodecJob) -> np.ndarray:
@@ -71,3 +78,18 @@ def codec_runner(
         return to_pcm16(heard)
 
     return run
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A copy that is put on the current stream: it does not wait for what runs on the GPU."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy that waits for the current stream alone, and for nothing else on the GPU."""
+    if not x.is_cuda:
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return host

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CODES", "FIRST_CODE", "SLOTS", "FrameBuffer", "interleave", "to_pcm16"]
+__all__ = ["CODES", "FIRST_CODE", "SLOTS", "FrameBuffer", "by_level", "interleave", "to_pcm16"]
 
 FIRST_CODE = 128266  # token id of code 0 in slot 0
 CODES = 4096  # per slot
@@ -43,22 +43,28 @@ class FrameBuffer:
         self.count += 1
         return True
 
-    def codes(self, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The codes of frames lo to hi - 1: int64 [n], [2n] and [4n], n = hi - lo.
+    def codes(self, lo: int, hi: int) -> list[int]:
+        """The codes of frames lo to hi - 1, 7 of each, in the order of their tokens.
 
         Raises:
             IndexError: some of these frames are not there (yet).
         """
         if not 0 <= lo <= hi <= self.count:
             raise IndexError(f"frames {lo} to {hi} of {self.count}")
-        frames = torch.tensor(self._codes[lo * _WIDTH : hi * _WIDTH], dtype=torch.int64)
-        frames = frames.view(-1, _WIDTH)
-        first, second, third = (frames[:, slots].flatten() for slots in SLOTS)
-        return first, second, third
+        return self._codes[lo * _WIDTH : hi * _WIDTH]
+
+
+def by_level(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[..., frames * 7]` in the order of their tokens -> those of each codebook:
+    `[..., frames]`, `[..., frames * 2]` and `[..., frames * 4]`."""
+    frames = codes.unflatten(-1, (codes.shape[-1] // _WIDTH, _WIDTH))
+    first, second, third = (frames[..., slots].flatten(-2) for slots in SLOTS)
+    return first, second, third
 
 
 def interleave(codes: Sequence[Tensor]) -> list[int]:
-    """The tokens of an utterance from its codes [n], [2n], [4n]: what `FrameBuffer` undoes."""
+    """The tokens of an utterance from its codes [n], [2n], [4n]: what `FrameBuffer` and
+    `by_level` undo."""
     frames = torch.empty(len(codes[0]), _WIDTH, dtype=torch.int64)
     for slots, level in zip(SLOTS, codes, strict=True):
         frames[:, slots] = level.cpu().view(-1, len(slots))

@@ -5,7 +5,6 @@ A plain network: without the engine, `Llama(config)(ids)` runs one sequence caus
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,33 @@ from mstar.engine.layers.attention import AttentionContext, CausalContext
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.weights import Source
+from mstar.models.orpheus.fields import (
+    check_flags,
+    check_numbers,
+    check_sizes,
+    read_object,
+    required,
+)
 
 __all__ = ["Llama", "LlamaConfig"]
+
+_NEEDED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
+_SIZES = (*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The published config.json, as far as the network depends on it."""
+    """The published config.json, as far as the network depends on it.
+
+    Raises:
+        ValueError: a value that no network can have.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -45,32 +64,50 @@ class LlamaConfig:
     mlp_bias: bool = False
     max_position_embeddings: int = 131072
 
+    def __post_init__(self) -> None:
+        values = vars(self)
+        check_sizes(values, _SIZES)
+        check_numbers(values, ("rms_norm_eps", "rope_theta"))
+        check_flags(values, ("tie_word_embeddings", "attention_bias", "mlp_bias"))
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_key_value_heads={kv_heads}: must divide the {heads} heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim}: must be even, for rotary embeddings")
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """Read a config.json, older (`rope_scaling`) or newer (`rope_parameters`).
 
         Raises:
-            ValueError: it describes another kind of network.
+            ValueError: it describes another kind of network, or none.
         """
         if config.get("model_type") != "llama":
             raise ValueError(f"model_type={config.get('model_type')!r}: must be 'llama'")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act={config['hidden_act']!r}: must be 'silu'")
-        heads = config["num_attention_heads"]
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        required(config, _NEEDED)
+        check_sizes(config, _NEEDED)
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"rope_scaling={rope!r}: must be an object")
+        rope = dict(rope)
+        theta = rope.pop("rope_theta", config.get("rope_theta"))
         if rope and "max_position_embeddings" in config:
             rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
         known = cls.__dataclass_fields__.keys() - {"rope_theta", "rope_scaling"}
         values = {k: v for k, v in config.items() if k in known and v is not None}
+        heads = config["num_attention_heads"]
         values.setdefault("num_key_value_heads", heads)
         values.setdefault("head_dim", config["hidden_size"] // heads)
-        return cls(**values, rope_theta=float(theta), rope_scaling=rope or None)
+        if theta is not None:
+            values["rope_theta"] = theta
+        return cls(**values, rope_scaling=rope or None)
 
     @classmethod
     def from_file(cls, path: str | Path) -> LlamaConfig:
         """Read the config.json at `path`."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(read_object(path))
 
 
 class _Weight(nn.Module):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mstar.engine.channel import Channel
@@ -20,14 +21,21 @@ from mstar.engine.runtime import Task
 from mstar.engine.sampling import SamplingParams, mix
 from mstar.engine.traps import Call, spawn
 from mstar.engine.weights import load, randomize
-from mstar.errors import InvalidRequest, WeightsError
+from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs, Model, Setup
+from mstar.models.orpheus.card import MOST_TOKENS
 from mstar.models.orpheus.codec import CodecJob, codec_runner
 from mstar.models.orpheus.frames import FrameBuffer
-from mstar.models.orpheus.llama import Llama, LlamaConfig
-from mstar.models.orpheus.noise import window_noise
-from mstar.models.orpheus.prompt import STOP, load_tokenizer, prompt_ids, split_sentences
-from mstar.models.orpheus.snac import SnacConfig, SnacDecoder
+from mstar.models.orpheus.networks import networks
+from mstar.models.orpheus.prompt import (
+    MOST_TEXT,
+    STOP,
+    load_tokenizer,
+    prompt_ids,
+    split_sentences,
+    spoken,
+)
+from mstar.models.orpheus.snac import SnacDecoder
 from mstar.models.orpheus.windows import Window, WindowPlan
 
 __all__ = ["Orpheus"]
@@ -40,9 +48,10 @@ _CHUNK_STREAMED, _CHUNK_WHOLE = 1, 16
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request, laid out: the prompt of each utterance."""
+    """A request, laid out: the prompt of each utterance, and the most tokens that may follow."""
 
     prompts: list[list[int]]
+    limits: list[int]
     seed: int
 
 
@@ -76,15 +85,8 @@ class Orpheus(Model):
     def load(cls, setup: Setup) -> Orpheus:
         """See `Model.load`. The decoder runs in `setup.dtype`, the codec always in float32."""
         folders = setup.folders
-        try:
-            config = LlamaConfig.from_file(folders["lm"] / "config.json")
-            codec = SnacConfig.from_file(folders["snac"] / "config.json")
-        except FileNotFoundError as error:
-            raise WeightsError(f"there is no {error.filename}") from error
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"cannot use the config.json of orpheus: {error}") from error
-        with torch.device("meta"):
-            network, snac = Llama(config), SnacDecoder(codec)
+        network, snac = networks(folders)
+        encode = load_tokenizer(folders["lm"])
         for part, module, dtype in (("lm", network, setup.dtype), ("snac", snac, torch.float32)):
             if setup.dummy:
                 randomize(module, device=setup.device, dtype=dtype)
@@ -118,7 +120,7 @@ class Orpheus(Model):
             token_budget=setup.token_budget,
             look_ahead=setup.look_ahead,
         )
-        return cls(lm, snac, load_tokenizer(folders["lm"]), config.max_position_embeddings)
+        return cls(lm, snac, encode, network.config.max_position_embeddings)
 
     @property
     def nodes(self) -> Sequence[Node]:
@@ -129,18 +131,45 @@ class Orpheus(Model):
         """See `Model.prepare`."""
         if inputs.text is None:
             raise InvalidRequest("text", None, "orpheus needs the text to speak")
-        texts = split_sentences(inputs.text) if params["split_text"] else [inputs.text]
-        prompts = [prompt_ids(self.encode, text, params["voice"]) for text in texts]
-        most = max(map(len, prompts)) + params["max_output_tokens"]
-        if most > self.longest:
+        if len(inputs.text) > MOST_TEXT:
             raise InvalidRequest(
-                "max_output_tokens",
-                params["max_output_tokens"],
-                f"with the prompt this makes {most} tokens, and the model takes {self.longest}",
+                "text",
+                inputs.text,
+                f"has {len(inputs.text)} characters; one request speaks at most {MOST_TEXT}",
             )
-        self.lm.pool.check_fits("max_output_tokens", params["max_output_tokens"], most)
+        text, voice = spoken("text", inputs.text), spoken("voice", params["voice"])
+        texts = split_sentences(text) if params["split_text"] else [text]
+        prompts = [prompt_ids(self.encode, text, voice) for text in texts]
+        limits = [
+            self._limit(text, len(prompt), params)
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
         seed = params["seed"]
-        return _Plan(prompts, secrets.randbits(63) if seed is None else seed)
+        return _Plan(prompts, limits, secrets.randbits(63) if seed is None else seed)
+
+    def _limit(self, text: str, prompt: int, params: dict[str, Any]) -> int:
+        """The most tokens after a prompt of `prompt` tokens: as many as were asked for, or else as
+        there is room for.
+
+        Raises:
+            InvalidRequest: there is no room for what was asked.
+        """
+        self._check_fits("text", text, prompt + 1)
+        for field in ("max_output_tokens", "min_tokens"):
+            if params[field] is not None:
+                self._check_fits(field, params[field], prompt + params[field])
+        if params["max_output_tokens"] is not None:
+            return params["max_output_tokens"]
+        return min(MOST_TOKENS, min(self.longest, self.lm.pool.capacity) - prompt)
+
+    def _check_fits(self, field: str, value: Any, tokens: int) -> None:
+        if tokens > self.longest:
+            raise InvalidRequest(
+                field,
+                value,
+                f"the request may need {tokens} tokens, and the model takes {self.longest}",
+            )
+        self.lm.pool.check_fits(field, value, tokens)
 
     async def walk(self, request: Request) -> str:
         """Speak the utterances abreast, deliver them one after another."""
@@ -154,13 +183,22 @@ class Orpheus(Model):
         for index, channel in enumerate(channels):
             for ahead in range(len(tasks), min(index + _ABREAST, len(channels))):
                 tasks.append(spawn(self._speak_into(channels[ahead], request, ahead)))
-            async for call in channel:
-                request.emit_audio(call, rate)
+            async for sound in channel:
+                request.emit_audio(await sound, rate)
         return "length" if "length" in [await task for task in tasks] else "stop"
 
     async def _speak_into(self, channel: Channel, request: Request, index: int) -> str:
-        reason = await _Speech(self, request, index, channel.send).speak()
+        """One of several utterances: the codec is at work for it before it is its turn."""
+        sounds: list[Awaitable[np.ndarray]] = []
+
+        def send(call: Call) -> None:
+            sounds.append(spawn(_result_of(call)))
+            channel.send(sounds[-1])
+
+        reason = await _Speech(self, request, index, send).speak()
         channel.close()
+        for sound in sounds:  # they would end with this walk
+            await sound
         return reason
 
     def warmup(self) -> None:
@@ -178,18 +216,19 @@ class _Speech:
         params = request.params
         self.model = model
         self.request = request
-        self.prompt = plan.prompts[index]
+        self.prompt, self.limit = plan.prompts[index], plan.limits[index]
         self.seed = mix(plan.seed + index)
         self.send = send
         self.frames = FrameBuffer()
-        self.windows = WindowPlan(
-            model.codec.context_frames,
-            params["lookahead"],
-            _CHUNK_STREAMED if request.stream else _CHUNK_WHOLE,
-        )
         self.noisy = params["codec_noise"] == "seeded" and model.codec.noise
         self.joined_before = index > 0
         self.joined_after = index + 1 < len(plan.prompts)
+        self.windows = WindowPlan(
+            model.codec.context_frames,
+            # The last frame fades out, so it must not be heard before it is known as such.
+            max(params["lookahead"], int(self.joined_after)),
+            _CHUNK_STREAMED if request.stream else _CHUNK_WHOLE,
+        )
 
     async def speak(self) -> str:
         """Decode to the end; returns the finish reason."""
@@ -207,13 +246,11 @@ class _Speech:
             self.send(self.model.snac(self._job(window, ended)))
 
     def _job(self, window: Window, ended: bool) -> CodecJob:
-        noise = None
-        if self.noisy:
-            lengths = self.model.codec.noise_lengths(1)
-            noise = window_noise(self.seed, window.low, window.high, lengths)
         return CodecJob(
             self.frames.codes(window.low, window.high),
-            noise,
+            window.low,
+            window.high,
+            self.seed if self.noisy else None,
             (window.start - window.low, window.end - window.low),
             fade_in=self.joined_before and window.start == 0,
             fade_out=self.joined_after and ended and window.end == self.frames.count,
@@ -233,8 +270,12 @@ class _Speech:
             presence_penalty=params["presence_penalty"],
             frequency_penalty=params["frequency_penalty"],
             logit_bias=params["logit_bias"] or {},
-            max_tokens=params["max_output_tokens"],
+            max_tokens=self.limit,
             min_tokens=params["min_tokens"],
             stop_ids=frozenset(stop),
             seed=self.seed,
         )
+
+
+async def _result_of(call: Call) -> np.ndarray:
+    return await call

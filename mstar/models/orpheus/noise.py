@@ -7,34 +7,48 @@ windows cannot be heard.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["frame_noise", "window_noise"]
+__all__ = ["FrameNoise", "by_block"]
 
 _MASK = (1 << 64) - 1
+_KEPT = 2048  # frames: 28 MB at the published size, as many as the windows of 290 streams hold
 
 
-def frame_noise(seed: int, frame: int, lengths_per_frame: Sequence[int]) -> list[Tensor]:
-    """Standard normal noise of one frame for every block of the decoder.
+class FrameNoise:
+    """Standard normal noise, made once for a frame that several windows in a row hold.
 
     Args:
-        seed: any integer.
-        frame: its number in the utterance, from 0.
-        lengths_per_frame: time steps of each block in one frame.
-
-    Returns:
-        float32 [length] on the CPU for each block.
+        steps: time steps in one frame, of all blocks of the decoder together.
     """
+
+    def __init__(self, steps: int) -> None:
+        self._frame = lru_cache(_KEPT)(lambda seed, frame: _draw(seed, frame, steps))
+
+    def window(self, seed: int, low: int, high: int) -> Tensor:
+        """The noise of frames low to high - 1 of an utterance: float32 [frames, steps], CPU.
+
+        Args:
+            seed: any integer.
+        """
+        return torch.stack([self._frame(seed, frame) for frame in range(low, high)])
+
+
+def by_block(noise: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """What `SnacDecoder` takes of noise [batch, frames, steps]: [batch, 1, frames * length] each.
+
+    Args:
+        lengths: time steps of each block in one frame, which add up to `steps`.
+    """
+    return [block.flatten(1).unsqueeze(1) for block in noise.split(list(lengths), 2)]
+
+
+def _draw(seed: int, frame: int, steps: int) -> Tensor:
     generator = torch.Generator().manual_seed(_mix(seed, frame))
-    return list(torch.randn(sum(lengths_per_frame), generator=generator).split(lengths_per_frame))
-
-
-def window_noise(seed: int, lo: int, hi: int, lengths_per_frame: Sequence[int]) -> list[Tensor]:
-    """The noise of frames lo to hi - 1: float32 [1, 1, (hi - lo) * length] for each block."""
-    frames = [frame_noise(seed, frame, lengths_per_frame) for frame in range(lo, hi)]
-    return [torch.cat(block).view(1, 1, -1) for block in zip(*frames, strict=True)]
+    return torch.randn(steps, generator=generator)
 
 
 def _mix(seed: int, frame: int) -> int:

@@ -6,17 +6,25 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mstar.errors import WeightsError
+from mstar.errors import InvalidRequest, WeightsError
 
-__all__ = ["LONGEST", "load_tokenizer", "prompt_ids", "split_sentences"]
+__all__ = ["LONGEST", "MOST_TEXT", "load_tokenizer", "prompt_ids", "split_sentences", "spoken"]
+
+Encode = Callable[[str], list[int]]
 
 START_OF_HUMAN, END_OF_HUMAN = 128259, 128260
 START_OF_AI, START_OF_SPEECH = 128261, 128257
 END_OF_TEXT = 128009
 STOP = 128258
+_BEGIN_OF_TEXT = 128000
 
 # About half a minute of speech: well inside the default of 4096 tokens (50 s).
 LONGEST = 400
+# Characters in one request: about two hours of speech.
+MOST_TEXT = 100_000
+
+# Control characters but tab, line feed, vertical tab, form feed, carriage return and next line.
+_SILENT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 # A sentence or clause, with what closes it and the white space after it. A Latin full stop or comma
 # ends one only before white space: 3.14, 10,000, 12:30.
@@ -25,28 +33,65 @@ _CLAUSE_END = re.compile(r"(?<=[,;:])\s+|(?<=[—、，；：])\s*")
 _WORD_END = re.compile(r"\s+")
 
 
-def load_tokenizer(folder: Path) -> Callable[[str], list[int]]:
-    """The text-to-ids function of the tokenizer in `folder`. It begins with 128000 itself.
+def load_tokenizer(folder: Path) -> Encode:
+    """The text-to-ids function of the tokenizer in `folder`; any thread may call it.
+
+    Ids begin with 128000. The rest is text: a control token that is spelled out in it
+    (`<|eot_id|>`, `<custom_token_5>`) is read letter by letter, as `<laugh>` is, and never becomes
+    the token, because this tokenizer knows only the vocabulary that text was trained with.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: there is none, or another model's.
     """
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise WeightsError(f"no tokenizer.json in {folder}")
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file)).backend_tokenizer
+        full = Tokenizer.from_file(str(file))
     except Exception as error:
         raise WeightsError(f"{file} is not a tokenizer: {error}") from error
-    return lambda text: tokenizer.encode(text).ids
+    plain = Tokenizer(full.model)
+    for part in ("normalizer", "pre_tokenizer", "post_processor"):
+        if getattr(full, part) is not None:
+            setattr(plain, part, getattr(full, part))
+    begin = plain.encode("").ids
+    if begin != [_BEGIN_OF_TEXT]:
+        raise WeightsError(
+            f"{file} is not Orpheus': text begins with the ids {begin}, not [{_BEGIN_OF_TEXT}]"
+        )
+    return lambda text: plain.encode(text).ids
 
 
-def prompt_ids(encode: Callable[[str], list[int]], text: str, voice: str) -> list[int]:
-    """Token ids after which the next token is the first of the speech."""
-    spoken = encode(f"{voice}: {text}" if voice else text)
-    return [START_OF_HUMAN, *spoken, END_OF_TEXT, END_OF_HUMAN, START_OF_AI, START_OF_SPEECH]
+def spoken(field: str, text: str) -> str:
+    """`text` without the control characters in it that are not white space (NUL, escape, ...).
+
+    Raises:
+        InvalidRequest: it is no Unicode text, since it has half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            field,
+            text,
+            f"character {error.start} is half of a surrogate pair, which stands for nothing",
+        ) from None
+    return _SILENT.sub("", text)
+
+
+def prompt_ids(encode: Encode, text: str, voice: str) -> list[int]:
+    """Token ids after which the next token is the first of the speech.
+
+    Raises:
+        InvalidRequest: the tokenizer cannot take the text.
+    """
+    try:
+        ids = encode(f"{voice}: {text}" if voice else text)
+    except Exception as error:
+        raise InvalidRequest("text", text, f"the tokenizer cannot take it: {error}") from error
+    return [START_OF_HUMAN, *ids, END_OF_TEXT, END_OF_HUMAN, START_OF_AI, START_OF_SPEECH]
 
 
 def split_sentences(text: str, longest: int = LONGEST) -> list[str]:

@@ -303,7 +303,7 @@ class Depthwise(nn.Module):
             x = F.pad(x, (0, 0, 0, spare))
         image = x.view(batch, rows, self.dilation, width).permute(0, 3, 1, 2)
         kernel = self.weight.view(width, 1, TAPS, 1)
-        y = F.conv2d(image, kernel, self.bias, padding=(REACH, 0), groups=width)
+        y = _conv2d(image, kernel, self.bias, (REACH, 0), groups=width)
         return y.permute(0, 2, 3, 1).reshape(batch, -1, width)[:, :steps]
 
 
@@ -364,8 +364,26 @@ class Upsample(nn.Module):
         return y + self.bias
 
 
+def _conv2d(
+    image: Tensor, kernel: Tensor, bias: Tensor, padding: tuple[int, int], groups: int
+) -> Tensor:
+    """`F.conv2d` in float32, whatever the process lets cuDNN do with float32.
+
+    By default that is TF32, with 10 bits of mantissa, which is audible. The operator beneath
+    `F.conv2d` takes the permission as an argument, so no setting that others share is touched.
+    """
+    cudnn = torch.backends.cudnn
+    flags = (cudnn.benchmark, cudnn.deterministic, cudnn.enabled)
+    return torch.ops.aten._convolution(
+        image, kernel, bias, (1, 1), padding, (1, 1), False, (0, 0), groups, *flags, False
+    )
+
+
 def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T, [B, T, in] and [out, in] -> [B, T, out].
+
+    On a GPU this is float32 unless the process has asked torch for less in all its products
+    (`torch.set_float32_matmul_precision`).
 
     On the CPU as a 1x1 convolution of an image in channels-last layout, which oneDNN computes
     about twice as fast as the BLAS that torch ships with. It repacks the filter at each call, so

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
+
+from mstar.models.orpheus.fields import (
+    check_flags,
+    check_lists,
+    check_sizes,
+    read_object,
+    required,
+)
 
 __all__ = ["DILATIONS", "REACH", "TAPS", "SnacConfig"]
 
 TAPS = 7  # of every convolution that is neither 1x1 nor transposed
 REACH = TAPS // 2
 DILATIONS = (1, 3, 9)  # of the residual units of a block
+_LISTS = ("encoder_rates", "decoder_rates", "vq_strides")
+_SIZES = ("sampling_rate", "encoder_dim", "decoder_dim", "codebook_size", "codebook_dim")
 
 
 @dataclass(frozen=True)
@@ -21,8 +30,8 @@ class SnacConfig:
     """The fields of config.json, under their published names.
 
     Raises:
-        ValueError: the model has local attention (the 32 and 44 kHz models), or strides that do
-            not divide the first one.
+        ValueError: the model has local attention (the 32 and 44 kHz models), strides that do not
+            divide the first one, or a value that no codec can have.
     """
 
     sampling_rate: int  # Hz
@@ -39,10 +48,21 @@ class SnacConfig:
     latent_dim: int = 0  # 0 or absent: encoder_dim doubled at each rate
 
     def __post_init__(self) -> None:
-        for name in ("encoder_rates", "decoder_rates", "vq_strides"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        values = vars(self)
+        check_lists(values, _LISTS)
+        check_sizes(values, _SIZES)
+        check_flags(values, ("noise", "depthwise"))
+        for name in _LISTS:
+            object.__setattr__(self, name, tuple(values[name]))
         if not self.latent_dim:
             object.__setattr__(self, "latent_dim", self.encoder_dim << len(self.encoder_rates))
+        check_sizes(values, ("latent_dim",))
+        halvings = len(self.decoder_rates)
+        if self.decoder_dim % 2**halvings:
+            raise ValueError(
+                f"decoder_dim={self.decoder_dim}: must be a multiple of {2**halvings}, since each "
+                f"of the {halvings} decoder blocks halves it"
+            )
         if self.attn_window_size is not None:
             raise ValueError(
                 f"attn_window_size={self.attn_window_size}: SNAC models with local attention are "
@@ -54,13 +74,14 @@ class SnacConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SnacConfig:
         """From the content of config.json; entries that are not the codec's are ignored."""
+        required(values, (f.name for f in fields(cls) if f.default is MISSING))
         names = {f.name for f in fields(cls)}
         return cls(**{k: v for k, v in values.items() if k in names})
 
     @classmethod
     def from_file(cls, path: str | Path) -> SnacConfig:
         """From a config.json."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        return cls.from_dict(read_object(path))
 
     @property
     def codes_per_frame(self) -> int:

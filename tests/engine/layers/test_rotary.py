@@ -87,3 +87,26 @@ def test_frequencies_are_real_numbers_also_under_the_meta_device():
 def test_a_scaling_that_is_not_known_is_refused_by_name():
     with pytest.raises(ValueError, match="rope_type='longrope': must be one of default"):
         inverse_frequencies(8, 1e4, {"rope_type": "longrope"})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"factor": None}, "factor is missing in the rotary scaling"),
+        ({"factor": 0}, "factor=0 in the rotary scaling: must be a number above 0"),
+        ({"factor": "8"}, "factor='8' in the rotary scaling: must be a number above 0"),
+        ({"high_freq_factor": 1.0}, "high_freq_factor=1.0 .* must be a number above 1.0"),
+        ({"original_max_position_embeddings": True}, "original_max_position_embeddings=True"),
+        ({"rope_theta": 1}, "rope_theta=1 in the rotary scaling: must be a number above 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_name(change, says):
+    with pytest.raises(ValueError, match=says):
+        inverse_frequencies(8, 1e4, {**SCALINGS["llama3"], **change})
+
+
+@pytest.mark.parametrize("key", ["factor", "beta_fast", "beta_slow", "attention_factor", "mscale"])
+def test_the_numbers_of_yarn_are_checked_as_well(key):
+    scaling = {**SCALINGS["yarn with mscale"], key: -1}
+    with pytest.raises(ValueError, match=f"{key}=-1 in the rotary scaling"):
+        inverse_frequencies(8, 1e4, scaling)

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from mstar.models.orpheus.frames import CODES, FIRST_CODE, FrameBuffer, interleave, to_pcm16
+from mstar.models.orpheus.frames import (
+    CODES,
+    FIRST_CODE,
+    FrameBuffer,
+    by_level,
+    interleave,
+    to_pcm16,
+)
 
 DATA = Path(__file__).parents[2] / "data" / "orpheus"
 STOP = 128258
@@ -26,6 +33,10 @@ def filled(tokens) -> FrameBuffer:
     return buffer
 
 
+def levels(buffer: FrameBuffer, lo: int, hi: int):
+    return by_level(torch.tensor(buffer.codes(lo, hi), dtype=torch.int64))
+
+
 @pytest.mark.parametrize("case", range(6))
 def test_goldens(case):
     tensors = load_file(DATA / "goldens.safetensors")
@@ -33,7 +44,7 @@ def test_goldens(case):
     buffer = filled(tokens)
     assert tokens[-1] == STOP
     assert buffer.count == len(tokens) // 7
-    codes = buffer.codes(0, buffer.count)
+    codes = levels(buffer, 0, buffer.count)
     for level, found in enumerate(codes):
         assert torch.equal(found, tensors[f"c{case}.codes{level}"].flatten().long())
     assert interleave(codes) == tokens[:-1]
@@ -47,7 +58,7 @@ def test_push_is_true_when_a_frame_is_complete():
 
 
 def test_codes_are_in_order_of_time():
-    codes = filled([token(i % 7, 10 + i) for i in range(14)]).codes(0, 2)
+    codes = levels(filled([token(i % 7, 10 + i) for i in range(14)]), 0, 2)
     assert [c.tolist() for c in codes] == [
         [10, 17],
         [11, 14, 18, 21],
@@ -58,10 +69,10 @@ def test_codes_are_in_order_of_time():
 
 def test_a_range_of_frames_is_a_slice_of_all():
     buffer = filled([token(i % 7, i) for i in range(70)])
-    whole, part = buffer.codes(0, 10), buffer.codes(3, 8)
+    whole, part = levels(buffer, 0, 10), levels(buffer, 3, 8)
     for level, rate in enumerate((1, 2, 4)):
         assert torch.equal(part[level], whole[level][3 * rate : 8 * rate])
-    assert [len(c) for c in buffer.codes(4, 4)] == [0, 0, 0]
+    assert [len(c) for c in levels(buffer, 4, 4)] == [0, 0, 0]
 
 
 def test_the_ends_of_a_slots_range_are_legal_and_their_neighbours_are_not():
@@ -71,8 +82,7 @@ def test_the_ends_of_a_slots_range_are_legal_and_their_neighbours_are_not():
             rest = [token(s, CODES - 1) for s in range(slot, 7)]
             buffer = filled([*good, bad, *rest])
             assert buffer.count == 1, (slot, bad)
-            codes = torch.cat(buffer.codes(0, 1))
-            assert sorted(codes.tolist()) == [0] * slot + [CODES - 1] * (7 - slot)
+            assert sorted(buffer.codes(0, 1)) == [0] * slot + [CODES - 1] * (7 - slot)
 
 
 def test_an_incomplete_frame_is_not_counted():
@@ -87,8 +97,16 @@ def test_any_integers_leave_only_legal_frames(tokens):
     buffer = FrameBuffer()
     done = sum(buffer.push(t) for t in tokens)
     assert done == buffer.count
-    for codes in buffer.codes(0, done):
-        assert ((codes >= 0) & (codes < CODES)).all()
+    codes = buffer.codes(0, done)
+    assert len(codes) == 7 * done
+    assert all(0 <= code < CODES for code in codes)
+
+
+def test_a_batch_is_taken_apart_row_by_row():
+    rows = torch.arange(2 * 21).view(2, 21)
+    both = [by_level(row) for row in rows]
+    for level, *alone in zip(by_level(rows), *both, strict=True):
+        assert torch.equal(level, torch.stack(alone))
 
 
 @given(st.lists(st.integers(0, CODES - 1), max_size=28))
@@ -98,7 +116,7 @@ def test_interleave_is_the_inverse(values):
     codes = whole[:n], whole[n : 3 * n], whole[3 * n :]
     buffer = filled(interleave(codes))
     assert buffer.count == n
-    assert all(torch.equal(a, b) for a, b in zip(buffer.codes(0, n), codes, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(levels(buffer, 0, n), codes, strict=True))
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, lambda x: np.array(x, dtype=np.float32)])

@@ -5,13 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mstar import Engine
+from mstar.engine.weights import Checkpoint, load
+from mstar.models import orpheus
+from mstar.models.orpheus.codec import CodecJob, codec_runner
+from mstar.models.orpheus.snac import SnacConfig, SnacDecoder
 
 pytestmark = pytest.mark.gpu
 
 DATA = Path(__file__).parents[2] / "data" / "orpheus"
 CASES = json.loads((DATA / "goldens.json").read_text())["cases"]
+TINY = Path(orpheus.__file__).parent / "tiny" / "snac"
 GREEDY = {"temperature": 0, "repetition_penalty": 1.0, "codec_noise": "off"}
 
 
@@ -51,3 +57,39 @@ def test_a_preempted_request_goes_on_where_it_was():
         lengths = [len(pcm) for pcm in speak(engine, **GREEDY, max_output_tokens=300)]
         assert lengths == [case["samples"] for case in CASES]
         assert engine.stats()["nodes"]["lm"]["pages"]["preemptions"] > 0
+
+
+def codec_on(device: str) -> SnacDecoder:
+    with torch.device("meta"):
+        snac = SnacDecoder(SnacConfig.from_file(TINY / "config.json"))
+    return load(snac, Checkpoint.open(TINY), device=device, dtype=torch.float32)
+
+
+def test_the_codec_is_float32_though_torch_lets_convolutions_use_tf32():
+    assert torch.backends.cudnn.allow_tf32  # torch's default
+    cpu, gpu = codec_on("cpu"), codec_on("cuda")
+    generator = torch.Generator().manual_seed(0)
+    codes = [torch.randint(4096, (2, 8 * rate), generator=generator) for rate in (1, 2, 4)]
+    waves = gpu([level.cuda() for level in codes])
+    torch.testing.assert_close(waves.cpu(), cpu(codes), rtol=0, atol=5e-6)
+    for here, there in zip(cpu.modules(), gpu.modules(), strict=True):
+        if type(here).__name__ == "Depthwise":
+            x = torch.randn(2, 40, len(here.bias), generator=generator)
+            torch.testing.assert_close(there(x.cuda()).cpu(), here(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_batches_of_the_codec_in_a_stream_of_its_own_are_those_of_the_cpu(seed):
+    codes = torch.randint(4096, (12, 7), generator=torch.Generator().manual_seed(1))
+    jobs = [
+        CodecJob(codes[low : low + 7].flatten().tolist(), low, low + 7, seed, (3, 4))
+        for low in range(6)
+    ]
+    wanted = codec_runner(codec_on("cpu"), torch.device("cpu"))(jobs)
+    run = codec_runner(codec_on("cuda"), torch.device("cuda"))
+    torch.cuda.synchronize()
+    with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+        found = [run(jobs) for _ in range(5)]  # pinned memory is used again and again
+    for pcm in found:
+        for got, want in zip(pcm, wanted, strict=True):
+            assert np.abs(got.astype(int) - want).max() <= 1

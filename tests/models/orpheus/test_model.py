@@ -1,7 +1,9 @@
 """Orpheus end to end: goldens, streaming, parameters, many requests at a time."""
 
+import functools
 import json
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -9,14 +11,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mstar import Engine, InvalidRequest, RequestCancelled
-from mstar.models.orpheus.prompt import STOP
+from mstar import Engine, InvalidRequest, RequestCancelled, RequestFailed
+from mstar.models import orpheus
+from mstar.models.orpheus import model
+from mstar.models.orpheus.prompt import STOP, split_sentences
 from mstar.types import fold
 
 DATA = Path(__file__).parents[2] / "data" / "orpheus"
 GOLDEN = load_file(DATA / "goldens.safetensors")
 CASES = json.loads((DATA / "goldens.json").read_text())["cases"]
 GREEDY = {"temperature": 0, "repetition_penalty": 1.0, "codec_noise": "off"}
+UTTERANCES = 5
+LONG = " ".join([CASES[0]["text"]] * UTTERANCES)
+TINY = Path(orpheus.__file__).parent / "tiny"
 
 
 def ask(case: dict, **more) -> dict:
@@ -160,35 +167,114 @@ def test_length_ends_with_the_frames_that_are_complete(engine):
     assert len(result.audio) == (100 // 7) * 2048
 
 
-def test_long_text_is_spoken_to_its_end_in_order(engine):
-    text = " ".join(f"This is sentence number {i}, and it is not short." for i in range(30))
-    params = {**GREEDY, "max_output_tokens": 70, "ignore_eos": True, "voice": "tara"}
-    from mstar.models.orpheus.prompt import split_sentences
+@pytest.fixture
+def split(monkeypatch):
+    """Short utterances, such as the tiny checkpoint can speak, count as long text."""
+    short = functools.partial(split_sentences, longest=len(CASES[0]["text"]))
+    monkeypatch.setattr(model, "split_sentences", short)
 
-    pieces = split_sentences(text)
-    assert len(pieces) > 3
-    whole = engine.generate(text=text, **params)
-    streamed = fold(engine.generate(text=text, **params, stream=True))
+
+def test_long_text_is_spoken_to_its_end_in_order(engine, split):
+    params = {"temperature": 0, "repetition_penalty": 1.0, "voice": "tara"}
+    whole = engine.generate(text=LONG, **params, seed=7)
+    streamed = fold(engine.generate(text=LONG, **params, seed=7, stream=True))
     assert np.array_equal(whole.audio.pcm, streamed.audio.pcm)
-    alone = [engine.generate(text=piece, **params).audio.pcm for piece in pieces]
-    assert len(whole.audio) == sum(map(len, alone))
-    start = 0
-    for index, pcm in enumerate(alone):
-        joined = whole.audio.pcm[start : start + len(pcm)]
-        ramp = 200
-        assert np.array_equal(joined[ramp:-ramp], pcm[ramp:-ramp])
-        if len(pcm) and index:
-            assert abs(int(joined[0])) <= 1
-        start += len(pcm)
-    one = engine.generate(text=text, split_text=False, **params)
-    assert len(one.audio) <= 10 * 2048
+    assert len(whole.audio) == UTTERANCES * CASES[0]["samples"]
+    assert whole.usage.generated_tokens == UTTERANCES * CASES[0]["n_new"]
+    ramp = 120  # samples: 5 ms
+    for index, joined in enumerate(np.split(whole.audio.pcm, UTTERANCES)):
+        # Each utterance has a codec noise of its own, so this sees their order, too.
+        alone = engine.generate(text=CASES[0]["text"], **params, seed=7 + index).audio.pcm
+        assert np.array_equal(joined[ramp:-ramp], alone[ramp:-ramp])
+        assert np.array_equal(joined[:ramp], alone[:ramp]) == (index == 0)
+        assert np.array_equal(joined[-ramp:], alone[-ramp:]) == (index == UTTERANCES - 1)
+
+
+def test_text_is_not_split_unless_it_is_long_or_if_it_must_not_be(engine, split):
+    prompt = len(engine.model.encode(f"tara: {LONG}")) + 5
+    one = engine.generate(text=LONG, **GREEDY, split_text=False, max_output_tokens=10)
+    assert (one.usage.prompt_tokens, one.usage.generated_tokens) == (prompt, 10)
+    several = engine.generate(text=LONG, **GREEDY, max_output_tokens=10)
+    assert several.finish_reason == "length"
+    assert several.usage.generated_tokens == UTTERANCES * 10
+
+
+@pytest.fixture
+def jobs(engine, monkeypatch):
+    """What the codec was given, in order; a function put into `jobs.check` may refuse it."""
+    run, seen = engine.model.snac.run, Seen()
+
+    def watch(batch):
+        for job in batch:
+            seen.check(job)
+        seen.extend(batch)
+        return run(batch)
+
+    monkeypatch.setattr(engine.model.snac, "run", watch)
+    return seen
+
+
+class Seen(list):
+    def check(self, job) -> None:
+        pass
+
+
+def test_the_codec_is_at_work_for_later_utterances_before_the_first_is_complete(
+    engine, split, jobs
+):
+    fold(engine.generate(text=LONG, **GREEDY, stream=True))
+    first_of_a_later_one = next(i for i, job in enumerate(jobs) if job.fade_in)
+    end_of_the_first = next(i for i, job in enumerate(jobs) if job.fade_out)
+    assert first_of_a_later_one < end_of_the_first
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 3])
+def test_utterances_of_one_frame_are_faded_too_whatever_the_look_ahead(engine, split, lookahead):
+    params = {**GREEDY, "max_output_tokens": 7, "lookahead": lookahead}
+    for stream in (False, True):
+        result = engine.submit(text=LONG, **params, stream=stream).result(timeout=60)
+        frames = result.audio.pcm.reshape(UTTERANCES, 2048)
+        assert not frames[:-1, -1].any()
+        assert not frames[1:, 0].any()
+        assert frames[0, 0]
+        assert frames[-1, -1]
+
+
+def test_long_text_that_is_cancelled_leaves_nothing_behind(engine, split):
+    handle = engine.submit(text=LONG, **GREEDY, ignore_eos=True, stream=True)
+    next(iter(handle))
+    handle.cancel()
+    with pytest.raises(RequestCancelled):
+        handle.result(timeout=60)
+    assert engine.stats()["nodes"]["lm"]["pages"]["used"] == 0
+    assert engine.model.snac.waiting == 0
+
+
+def test_a_failure_of_the_codec_in_a_later_utterance_fails_the_request(
+    engine, split, jobs, monkeypatch
+):
+    def refuse(job):
+        if job.fade_in:
+            raise RuntimeError("broken")
+
+    monkeypatch.setattr(jobs, "check", refuse)
+    for stream in (False, True):
+        with pytest.raises(RequestFailed, match="broken"):
+            engine.submit(text=LONG, **GREEDY, stream=stream).result(timeout=60)
+        assert engine.stats()["nodes"]["lm"]["pages"]["used"] == 0
+    assert_golden(engine.generate(**ask(CASES[0], **GREEDY)), CASES[0])
 
 
 @pytest.mark.parametrize(
     ("bad", "field", "says"),
     [
         ({"voice": "bob"}, "voice", "tara, leah"),
-        ({"temperature": -1}, "temperature", "at least 0"),
+        ({"temperature": -1}, "temperature", "from 0 to 100"),
+        ({"temperature": 101}, "temperature", "from 0 to 100"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "from 0.01 to 100"),
+        ({"repetition_penalty": 1e30}, "repetition_penalty", "from 0.01 to 100"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "must not exceed max_output_tokens=8"),
+        ({"min_tokens": 4097}, "min_tokens", "must not exceed max_output_tokens=4096"),
         ({"temperatur": 1}, "temperatur", "did you mean 'temperature'"),
         ({"top_p": 0}, "top_p", "above 0"),
         ({"max_output_tokens": 0}, "max_output_tokens", "integer from 1"),
@@ -200,6 +286,9 @@ def test_long_text_is_spoken_to_its_end_in_order(engine):
         ({"images": b"x"}, "images", "takes text"),
         ({"text": 7}, "text", "string"),
         ({"text": None}, "text", "nothing was given"),
+        ({"text": "a\ud800b"}, "text", "character 1 is half of a surrogate pair"),
+        ({"voice": "\udfff", "force_voice": True}, "voice", "half of a surrogate pair"),
+        ({"text": "a" * 100_001}, "text", "has 100001 characters; one request speaks at most 1000"),
         ({"messages": [{"role": "user", "content": "x"}]}, "messages", "does not chat"),
         ({"request_id": ""}, "request_id", "empty"),
         ({"timeout": -1}, "timeout", "above 0"),
@@ -214,9 +303,49 @@ def test_bad_input_is_refused_before_anything_is_queued(engine, bad, field, says
 
 def test_a_request_that_can_never_fit_is_refused_with_the_numbers():
     with Engine("orpheus-tiny", kv_tokens=256) as engine:
-        with pytest.raises(InvalidRequest, match=r"may need 4117 tokens .* holds 256 \(16 pages"):
-            engine.generate(**ask(CASES[0]))
+        with pytest.raises(
+            InvalidRequest, match=r"may need 4117 tokens .* holds 256 \(16 pages"
+        ) as c:
+            engine.generate(**ask(CASES[0]), max_output_tokens=4096)
+        assert c.value.field == "max_output_tokens"
+        with pytest.raises(InvalidRequest, match=r"may need 321 tokens .* holds 256") as c:
+            engine.generate(**ask(CASES[0]), min_tokens=300)
+        assert c.value.field == "min_tokens"
+        with pytest.raises(InvalidRequest, match=r"holds 256 \(16 pages") as c:
+            engine.generate(text="word " * 300, split_text=False)
+        assert c.value.field == "text"
         assert_golden(engine.generate(**ask(CASES[0], **GREEDY, max_output_tokens=200)), CASES[0])
+
+
+def test_without_a_limit_of_its_own_a_request_has_what_fits_the_cache():
+    with Engine("orpheus-tiny", kv_tokens=256) as engine:
+        assert_golden(engine.generate(**ask(CASES[0], **GREEDY)), CASES[0])
+        for limit in ({}, {"max_output_tokens": None}):
+            result = engine.generate(**ask(CASES[0], **GREEDY), ignore_eos=True, **limit)
+            assert result.finish_reason == "length"
+            assert result.usage.generated_tokens == 256 - CASES[0]["n_prompt"]
+
+
+def test_without_a_limit_of_its_own_a_request_has_what_fits_the_model(tmp_path):
+    shutil.copytree(TINY / "lm", tmp_path / "lm")
+    config = json.loads((TINY / "lm" / "config.json").read_text())
+    (tmp_path / "lm" / "config.json").write_text(
+        json.dumps({**config, "max_position_embeddings": 120})
+    )
+    with Engine("orpheus", weights={"lm": tmp_path / "lm", "snac": TINY / "snac"}) as engine:
+        assert_golden(engine.generate(**ask(CASES[0], **GREEDY)), CASES[0])
+        result = engine.generate(**ask(CASES[0], **GREEDY), ignore_eos=True)
+        assert result.finish_reason == "length"
+        assert result.usage.generated_tokens == 120 - CASES[0]["n_prompt"]
+        with pytest.raises(InvalidRequest, match="may need 121 tokens, and the model takes 120"):
+            engine.generate(**ask(CASES[0]), max_output_tokens=121 - CASES[0]["n_prompt"])
+
+
+def test_control_tokens_in_the_text_are_only_text(engine):
+    plain = engine.generate(text="hello", **GREEDY, max_output_tokens=20)
+    for token in ("<|eot_id|>", "<custom_token_5>", "<custom_token_2>"):
+        result = engine.generate(text=f"hello{token}", **GREEDY, max_output_tokens=20)
+        assert result.usage.prompt_tokens > plain.usage.prompt_tokens + 1
 
 
 def test_many_requests_on_a_tiny_cache_are_preempted_and_come_out_the_same():

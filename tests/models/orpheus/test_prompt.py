@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 import mstar.models.orpheus
-from mstar.errors import WeightsError
-from mstar.models.orpheus.prompt import load_tokenizer, prompt_ids, split_sentences
+from mstar.errors import InvalidRequest, WeightsError
+from mstar.models.orpheus.prompt import load_tokenizer, prompt_ids, split_sentences, spoken
 
 TINY = Path(mstar.models.orpheus.__file__).parent / "tiny" / "lm"
 DATA = Path(__file__).parents[2] / "data" / "orpheus"
@@ -21,6 +22,11 @@ CASES = json.loads((DATA / "goldens.json").read_text())["cases"]
 @pytest.fixture(scope="module")
 def encode():
     return load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def untouched():
+    return Tokenizer.from_file(str(TINY / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["voice"] or "no voice")
@@ -35,6 +41,62 @@ def test_a_missing_or_broken_tokenizer_is_an_error_that_says_so(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(WeightsError, match="is not a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    other = json.loads((TINY / "tokenizer.json").read_text())
+    other["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(WeightsError, match=r"text begins with the ids \[\], not \[128000\]"):
+        load_tokenizer(tmp_path)
+
+
+CONTROL = ["<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>", "<custom_token_5>"]
+
+
+@given(st.lists(st.sampled_from([*CONTROL, "<custom_token_", "28683>", "<|", "|>", "<", " ", "a"])))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_no_text_makes_a_control_token(encode, pieces):
+    first, *rest = encode("".join(pieces))
+    assert first == 128000
+    assert all(number < 128000 for number in rest)
+
+
+@pytest.mark.parametrize("token", CONTROL)
+def test_a_control_token_that_is_spelled_out_is_read_letter_by_letter(token, encode, untouched):
+    text = f"say {token} now"
+    assert max(untouched.encode(text).ids[1:]) >= 128000
+    assert untouched.decode(encode(text)[1:]) == text
+
+
+TAGS = ["laugh", "chuckle", "sigh", "cough", "sniffle", "groan", "yawn", "gasp"]
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_emotion_tags_are_the_text_that_they_always_were(tag, encode, untouched):
+    for text in (f"<{tag}>", f"well <{tag}> then", f"well<{tag}>, then"):
+        assert encode(text) == untouched.encode(text).ids
+
+
+def test_half_a_surrogate_pair_is_refused_by_field():
+    with pytest.raises(InvalidRequest, match="character 1 is half of a surrogate pair") as caught:
+        spoken("voice", "a\ud800b")
+    assert caught.value.field == "voice"
+    assert spoken("text", "whole: \U0001f600") == "whole: \U0001f600"
+
+
+def test_whatever_else_the_tokenizer_cannot_take_is_the_texts_fault():
+    def encode(text):
+        raise OverflowError("too much")
+
+    with pytest.raises(InvalidRequest, match="the tokenizer cannot take it: too much") as caught:
+        prompt_ids(encode, "hello", "tara")
+    assert caught.value.field == "text"
+
+
+def test_control_characters_are_left_out_and_white_space_stays():
+    assert spoken("text", "a\0b\x1b[1m\x7f\x9f c") == "ab[1m c"
+    assert spoken("text", "a\tb\nc\r\nd\x0b\x0c\x85e") == "a\tb\nc\r\nd\x0b\x0c\x85e"
 
 
 def test_short_text_is_one_utterance_as_it_is():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from mstar.engine.weights import Checkpoint, load, randomize
 from mstar.models import orpheus
 from mstar.models.orpheus.frames import to_pcm16
-from mstar.models.orpheus.noise import window_noise
+from mstar.models.orpheus.noise import FrameNoise, by_block
 from mstar.models.orpheus.snac import SnacConfig, SnacDecoder
 
 TINY = Path(orpheus.__file__).parent / "tiny" / "snac"
@@ -71,9 +71,10 @@ def random_codes(config: SnacConfig, batch: int, frames: int, seed: int = 0):
 
 
 def random_noise(config: SnacConfig, batch: int, frames: int):
-    lengths = config.noise_lengths(1)
-    items = [window_noise(item, 0, frames, lengths) for item in range(batch)]
-    return [torch.cat(block) for block in zip(*items, strict=True)] or None
+    if not (lengths := config.noise_lengths(1)):
+        return None
+    noise = FrameNoise(sum(lengths))
+    return by_block(torch.stack([noise.window(item, 0, frames) for item in range(batch)]), lengths)
 
 
 def cut(config: SnacConfig, codes, noise, lo: int, hi: int):

@@ -1,0 +1,69 @@
+"""Reading a published config.json: errors name the field, its value and what is needed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["check_flags", "check_lists", "check_numbers", "check_sizes", "read_object", "required"]
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"it must hold an object, not a {type(found).__name__}")
+    return found
+
+
+def required(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a config that lacks one of `names`."""
+    lacking = [name for name in names if config.get(name) is None]
+    if lacking:
+        raise ValueError(f"it has no {', '.join(lacking)}")
+
+
+def check_sizes(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse anything but integers of at least 1."""
+    for name in names:
+        if not _is_size(config[name]):
+            raise ValueError(f"{name}={config[name]!r}: must be an integer of at least 1")
+
+
+def check_lists(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse anything but lists of integers of at least 1 that are not empty."""
+    for name in names:
+        value = config[name]
+        if not isinstance(value, (list, tuple)) or not value or not all(map(_is_size, value)):
+            raise ValueError(f"{name}={value!r}: must be a list of integers of at least 1")
+
+
+def check_numbers(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse anything but finite numbers above 0."""
+    for name in names:
+        value = config[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value < math.inf:
+            raise ValueError(f"{name}={value!r}: must be a number above 0")
+
+
+def check_flags(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse anything but true and false."""
+    for name in names:
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name}={config[name]!r}: must be true or false")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
