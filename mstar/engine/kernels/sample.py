@@ -34,6 +34,8 @@ __all__ = ["SampleRows", "bias", "penalise", "sample_batch", "sample_row"]
 
 # Less likely than exp(-40) times the most likely token: a million of them weigh less than 1e-11.
 _NEGLIGIBLE = 40.0
+# Where the search for a small nucleus ends.
+_FAR = 20.0
 _LOWEST = float(np.finfo(np.float32).min)
 _SORTABLE = 4096
 _BUCKETS = 2048
@@ -66,6 +68,10 @@ def _survivors(logits: np.ndarray, top: float, params: SamplingParams) -> tuple:
     The weights are relative to the most likely token's. Some may be 0. Both arrays are
     scratch: they hold until the next call in this thread.
     """
+    if params.top_p < 1.0 and not params.top_k:
+        found = _small_nucleus(logits, top, params)
+        if found is not None:
+            return found
     likely = logits >= max(top - _NEGLIGIBLE * params.temperature, _LOWEST)
     if np.count_nonzero(likely) < len(logits) // 4:
         ids = np.flatnonzero(likely)
@@ -95,6 +101,31 @@ def _survivors(logits: np.ndarray, top: float, params: SamplingParams) -> tuple:
             kept = np.flatnonzero(keep)
             ids, weights = ids[kept], weights[kept]
     return ids, weights
+
+
+def _small_nucleus(logits: np.ndarray, top: float, params: SamplingParams) -> tuple | None:
+    """The survivors of top-p and min-p where few tokens are near the top, in one cheap pass.
+
+    The mass of the tokens that are far below it is not summed but bounded; None if it matters.
+    """
+    near = np.flatnonzero(logits >= max(top - _FAR * params.temperature, _LOWEST))
+    if len(near) > _SORTABLE:
+        return None
+    values = logits[near]
+    order = np.argsort(-values, kind="stable")
+    with np.errstate(over="ignore"):
+        weights = np.exp((values[order].astype(np.float64) - top) / params.temperature)
+    mass = np.cumsum(weights)
+    most = mass[-1] + (len(logits) - len(near)) * math.exp(-_FAR)
+    least, count = np.searchsorted(mass - weights, (params.top_p * mass[-1], params.top_p * most))
+    if least != count or params.top_p * most > mass[-1]:
+        return None
+    count = max(int(count), 1)
+    if params.min_p > 0.0:
+        count = int(np.count_nonzero(weights[:count] >= params.min_p))
+    kept = np.sort(order[:count])
+    back = np.argsort(order[:count], kind="stable")
+    return near[kept], weights[:count][back]
 
 
 def _race(ids: np.ndarray, weights: np.ndarray, key: int) -> int:
