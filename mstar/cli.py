@@ -1,4 +1,4 @@
-"""The command line: `mstar generate` and `mstar models`.
+"""The command line: `mstar generate`, `mstar serve` and `mstar models`.
 
 Text goes to stdout as it comes, everything else to stderr. Exit codes: 0 done, 1 failed, 2 asked
 for something that cannot be, 130 interrupted. What can be refused is refused before the model is
@@ -332,6 +332,83 @@ def _warn(result: GenerateResult) -> None:
         typer.echo("warning: cut off at the longest output allowed", err=True)
     if result.audio is not None and len(result.audio) == 0:
         typer.echo(f"warning: no sound (finish_reason={result.finish_reason})", err=True)
+
+
+# serve
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="A name from `mstar models`, a folder or a repo.")],
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8000,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder or repo with the weights, or part=folder (repeatable)."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...")] = None,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy for random weights.")] = "auto",
+    kv_tokens: Annotated[int | None, typer.Option(help="Size of the KV cache in tokens.")] = None,
+    memory_fraction: Annotated[
+        float, typer.Option(help="Share of the free device memory for the KV cache.")
+    ] = 0.9,
+    max_batch: Annotated[int, typer.Option(help="Most sequences in one batch.")] = 64,
+    max_running: Annotated[int, typer.Option(help="Most requests that run at a time.")] = 256,
+    max_queue: Annotated[int, typer.Option(help="Most requests that wait; then 503.")] = 1024,
+    max_body_mb: Annotated[float, typer.Option(help="Longest request body, in MiB.")] = 64,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds that any request may take.")
+    ] = 600.0,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests have after SIGTERM.", min=0)
+    ] = 30.0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MSTAR_API_KEY", help="Clients must send it as Bearer.")
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None, typer.Option(help="Another name of the model (repeatable).")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="An origin whose pages may call (repeatable).")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_stats: Annotated[
+        float, typer.Option(help="Seconds between two lines of figures; 0 for none.", min=0)
+    ] = 0.0,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Serve a model over HTTP: the native route and OpenAI's. Needs `mstar[server]`."""
+    with _errors(debug):
+        places = _weights(weights or [])
+        registry.find(model, places)
+        try:
+            from mstar.http import serve as run
+            from mstar.http.server import Listening
+        except ModuleNotFoundError as error:
+            raise MStarError(str(error)) from None
+        run(
+            model,
+            listening=Listening(host, port, log_level, drain_timeout, log_stats),
+            engine_options={
+                "weights": places,
+                "device": device,
+                "dtype": dtype,
+                "load_format": load_format,
+                "kv_tokens": kv_tokens,
+                "memory_fraction": memory_fraction,
+                "max_batch": max_batch,
+                "max_running": max_running,
+                "max_queue": max_queue,
+            },
+            app_options={
+                "served_model_name": served_model_name or (),
+                "api_key": api_key,
+                "max_body_mb": max_body_mb,
+                "request_timeout": request_timeout,
+                "cors_origins": cors_origin or (),
+            },
+        )
 
 
 # models

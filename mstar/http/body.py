@@ -1,0 +1,217 @@
+"""Bodies of requests, read within limits and taken apart away from the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl
+
+from fastapi import Request
+from python_multipart import MultipartParser
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import parse_options_header
+
+from mstar.http.errors import Refused
+from mstar.http.front import Front, off_loop
+
+__all__ = ["Part", "read_form", "read_json", "whole_json"]
+
+_MOST_PARTS = 256
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+@dataclass
+class Part:
+    """One field of a form, in memory. The file name is never used as a path."""
+
+    name: str
+    data: bytes = b""
+    filename: str | None = None
+    pieces: list[bytes] = field(default_factory=list, repr=False)
+
+    def text(self) -> str:
+        """The value as text.
+
+        Raises:
+            Refused: it is not UTF-8.
+        """
+        try:
+            return self.data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Refused(400, f"{self.name}: must be UTF-8", param=self.name) from None
+
+
+async def read_body(front: Front, request: Request) -> bytes:
+    """The whole body.
+
+    Raises:
+        Refused: it is too long (413), or does not come (408).
+    """
+    limit = front.settings.max_body_bytes
+    stated = request.headers.get("content-length", "0")
+    if stated.isdecimal() and len(stated) < 20 and int(stated) > limit:
+        raise _too_long(limit)
+
+    async def collect() -> bytes:
+        pieces, size = [], 0
+        async for piece in request.stream():
+            size += len(piece)
+            if size > limit:
+                raise _too_long(limit)
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    try:
+        return await asyncio.wait_for(collect(), front.settings.body_timeout)
+    except asyncio.TimeoutError:
+        headers = {"connection": "close"}
+        raise Refused(408, "the body did not come in time", headers=headers) from None
+
+
+async def read_form(front: Front, request: Request) -> list[Part]:
+    """The fields of a form in their order, multipart or urlencoded.
+
+    Raises:
+        Refused: it is no form, or a broken one.
+    """
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind not in (b"multipart/form-data", b"application/x-www-form-urlencoded"):
+        given = kind.decode("latin-1") or "none"
+        message = f"content-type: must be multipart/form-data or urlencoded, not {given}"
+        raise Refused(415, message)
+    body = await read_body(front, request)
+    if kind == b"multipart/form-data":
+        boundary = options.get(b"boundary", b"")
+        if not 0 < len(boundary) <= 256:
+            raise Refused(400, "content-type: multipart/form-data needs a boundary")
+        return await off_loop(split_multipart, body, boundary, size=len(body))
+    return await off_loop(split_urlencoded, body, size=len(body))
+
+
+async def read_json(front: Front, request: Request) -> dict[str, Any]:
+    """The JSON object in the body.
+
+    Raises:
+        Refused: it is not one.
+    """
+    kind, _ = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"application/json":
+        given = kind.decode("latin-1") or "none"
+        raise Refused(400, f"content-type: must be application/json, not {given}")
+    body = await read_body(front, request)
+    return await off_loop(whole_json, body, "the body", size=len(body))
+
+
+def whole_json(data: bytes | str, what: str) -> dict[str, Any]:
+    """A JSON object of plain JSON: no NaN, no infinities, no halves of surrogate pairs.
+
+    Raises:
+        Refused: it is not one; the message begins with `what`.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        if "\\u" in text and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+            raise ValueError("half of a surrogate pair")
+    except UnicodeDecodeError:
+        raise Refused(400, f"{what} must be UTF-8") from None
+    except RecursionError:
+        raise Refused(400, f"{what} is nested too deeply") from None
+    except ValueError as error:
+        raise Refused(400, f"{what} is not valid JSON: {error}"[:300]) from None
+    if not isinstance(value, dict):
+        raise Refused(400, f"{what} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def split_urlencoded(body: bytes) -> list[Part]:
+    """The fields of an urlencoded form."""
+    try:
+        pairs = parse_qsl(
+            body.decode("utf-8"),
+            keep_blank_values=True,
+            max_num_fields=_MOST_PARTS,
+            errors="strict",
+        )
+    except UnicodeDecodeError:
+        raise Refused(400, "the form must be UTF-8") from None
+    except ValueError:
+        raise Refused(400, f"the form has more than {_MOST_PARTS} fields") from None
+    return [Part(name, value.encode()) for name, value in pairs]
+
+
+def split_multipart(body: bytes, boundary: bytes) -> list[Part]:
+    """The parts of a multipart form."""
+    parts: list[Part] = []
+    header: dict[bytes, bytes] = {}
+    name = value = b""
+    ended = False
+
+    def on_part_begin() -> None:
+        if len(parts) == _MOST_PARTS:
+            raise Refused(400, f"the form has more than {_MOST_PARTS} parts")
+        header.clear()
+        parts.append(Part(""))
+
+    def on_header_field(data: bytes, start: int, end: int) -> None:
+        nonlocal name
+        name += data[start:end]
+
+    def on_header_value(data: bytes, start: int, end: int) -> None:
+        nonlocal value
+        value += data[start:end]
+
+    def on_header_end() -> None:
+        nonlocal name, value
+        header[name.lower()] = value
+        name = value = b""
+
+    def on_headers_finished() -> None:
+        _, options = parse_options_header(header.get(b"content-disposition", b""))
+        if b"name" not in options:
+            raise Refused(400, "a part of the form has no name")
+        parts[-1].name = options[b"name"].decode("utf-8", "replace")
+        if b"filename" in options:
+            parts[-1].filename = options[b"filename"].decode("utf-8", "replace")
+
+    def on_part_data(data: bytes, start: int, end: int) -> None:
+        parts[-1].pieces.append(data[start:end])
+
+    def on_part_end() -> None:
+        parts[-1].data = b"".join(parts[-1].pieces)
+        parts[-1].pieces.clear()
+
+    def on_end() -> None:
+        nonlocal ended
+        ended = True
+
+    calls = (on_part_begin, on_header_field, on_header_value, on_header_end)
+    calls += (on_headers_finished, on_part_data, on_part_end, on_end)
+    try:
+        parser = MultipartParser(boundary, {call.__name__: call for call in calls})
+        parser.write(body)
+        parser.finalize()
+    except MultipartParseError as error:
+        raise Refused(400, f"the form is broken: {error}") from None
+    if not ended:
+        raise Refused(400, "the form is broken: it ends before its last boundary")
+    return parts
+
+
+def _too_long(limit: int) -> Refused:
+    message = f"the body is longer than the {limit} bytes that this server takes"
+    return Refused(413, message, headers={"connection": "close"})
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{text} is too large a number")
+    return number

@@ -1,0 +1,97 @@
+"""Around every request: its id, its key, its line in the log, and the answer to any error."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import mstar
+from mstar.http.errors import Refused, error_response
+from mstar.http.front import Front
+from mstar.http.record import Record
+
+__all__ = ["Aborted", "Doorkeeper", "Recorder", "is_openai"]
+
+log = logging.getLogger("mstar.http")
+# Tells clients that the last line of a stream always says how it ended.
+_VERSION = (b"x-mstar-version", mstar.__version__.encode())
+_OPEN = ("/health", "/ready", "/version", "/metrics")
+
+
+class Aborted(Exception):
+    """An answer that cannot be completed: the connection is cut, so that the client notices."""
+
+
+class Recorder:
+    """Gives a request its record; counts and logs it; answers what nothing else has caught."""
+
+    def __init__(self, app: ASGIApp, front: Front) -> None:
+        self.app, self.front = app, front
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        record = Record(scope)
+        status = 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                own = ((b"x-request-id", record.request_id.encode()), _VERSION)
+                message = {**message, "headers": [*message.get("headers", ()), *own]}
+            await send(message)
+
+        self.front.busy += 1
+        try:
+            await self.app(scope, receive, send_on)
+        except Aborted as error:
+            record.note(aborted=str(error))
+        except OSError:  # the client has gone in the middle of it
+            record.note(aborted="the client has disconnected")
+        except Exception as error:
+            log.exception("request %s failed", record.request_id)
+            record.note(error=type(error).__name__)
+            if status:
+                raise
+            await error_response(error, openai=is_openai(scope))(scope, receive, send_on)
+        finally:
+            self.front.busy -= 1
+            seconds = time.monotonic() - record.began
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self.front.metrics.served(route, record.method, status or 499, seconds)
+            record.write(status or 499, seconds)
+
+
+class Doorkeeper:
+    """Asks for the key, where there is one."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self._expected = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and route_path(scope) not in _OPEN:
+            given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
+            if not hmac.compare_digest(given, self._expected):
+                what = "wrong API key" if given else "an API key is needed"
+                refused = Refused(401, f"{what}: send the header Authorization: Bearer KEY")
+                await error_response(refused, openai=is_openai(scope))(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def route_path(scope: Any) -> str:
+    """The path below the place where the app is mounted."""
+    path, root = scope.get("path", ""), scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
+def is_openai(scope: Any) -> bool:
+    """Whether a request speaks to the OpenAI-compatible routes."""
+    path = route_path(scope)
+    return path == "/v1" or path.startswith("/v1/")

@@ -1,0 +1,60 @@
+"""What is known about one HTTP request: becomes one line of the log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["Record", "record_of"]
+
+log = logging.getLogger("mstar.http")
+_KEY = "mstar.record"
+_LONGEST_ID = 200
+
+
+class Record:
+    """Filled while a request is served."""
+
+    def __init__(self, scope: dict[str, Any]) -> None:
+        incoming = _incoming_id(scope.get("headers", ()))
+        self.named = incoming is not None  # by the client
+        self.request_id = incoming or f"req-{uuid.uuid4().hex}"
+        self.began = time.monotonic()
+        self.method: str = scope.get("method", "")
+        self.path: str = scope.get("path", "")
+        self.notes: dict[str, Any] = {}
+        scope[_KEY] = self
+
+    def note(self, **notes: Any) -> None:
+        """Add to the line; `None` is left out."""
+        self.notes.update((name, value) for name, value in notes.items() if value is not None)
+
+    def write(self, status: int, seconds: float) -> None:
+        """Log the line, as JSON."""
+        line = {
+            "request_id": self.request_id,
+            "method": self.method,
+            "path": self.path[:200],
+            "status": status,
+            "seconds": round(seconds, 4),
+            **{k: round(v, 4) if isinstance(v, float) else v for k, v in self.notes.items()},
+        }
+        log.info("%s", json.dumps(line))
+
+
+def record_of(scope: dict[str, Any]) -> Record:
+    """The record that the middleware made."""
+    return scope[_KEY]
+
+
+def _incoming_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The client's `x-request-id`, if it can be sent back and logged as it is."""
+    for name, value in headers:
+        if name == b"x-request-id" and 0 < len(value) <= _LONGEST_ID:
+            text = value.decode("latin-1")
+            return text if text.isascii() and text.isprintable() else None
+    return None

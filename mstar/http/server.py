@@ -1,0 +1,180 @@
+"""A process that serves one model: it listens once it can, and ends when it is done."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from mstar.errors import InvalidRequest
+from mstar.http.app import create_app
+from mstar.http.front import Front
+
+__all__ = ["Listening", "bind", "serve", "serve_engine"]
+
+log = logging.getLogger("mstar.http")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+_AWAKE = 0.1  # seconds between two looks at whether the last request has ended
+_CUT = 5  # seconds that connections have to end after their requests were cancelled
+
+
+@dataclass(frozen=True)
+class Listening:
+    """How the process listens, logs and ends.
+
+    Args:
+        host, port: where; port 0 takes a free one.
+        log_level: `debug`, `info`, `warning` or `error`.
+        drain_timeout: seconds that running requests have after SIGTERM.
+        stats_interval: seconds between two lines of figures in the log; 0 for none.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    log_level: str = "info"
+    drain_timeout: float = 30.0
+    stats_interval: float = 0.0
+
+
+def serve(
+    model: str,
+    *,
+    listening: Listening,
+    engine_options: dict[str, Any],
+    app_options: dict[str, Any],
+) -> None:
+    """Load the model, then serve it until SIGTERM or Ctrl-C.
+
+    Args:
+        model: what `Engine` takes.
+        listening: see there.
+        engine_options: keywords of `Engine`.
+        app_options: keywords of `create_app`.
+
+    Raises:
+        MStarError: the model cannot be loaded. OSError: the address cannot be had.
+    """
+    if listening.log_level not in LOG_LEVELS:
+        allowed = f"must be one of {', '.join(LOG_LEVELS)}"
+        raise InvalidRequest("--log-level", listening.log_level, allowed)
+    _log_to_stderr(listening.log_level)
+    bind(listening.host, listening.port).close()  # say now, not after minutes of loading
+    from mstar.local import Engine  # this is where torch comes in
+
+    with Engine(model, **{"warmup": True, **engine_options}) as engine:
+        names = [*app_options.pop("served_model_name", ()), model]
+        app = create_app(engine, served_model_name=names, **app_options)
+        serve_engine(app, listening)
+
+
+def serve_engine(app: Any, listening: Listening) -> None:
+    """Serve an app of `create_app`; the engine is left as it is."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,  # the app logs one line per request itself
+        timeout_graceful_shutdown=_CUT,
+        server_header=False,
+    )
+    with contextlib.closing(bind(listening.host, listening.port)) as listener:
+        asyncio.run(_Server(config, app.state.front, listening).run(listener))
+        log.info("ended")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, not yet listening.
+
+    Raises:
+        OSError: it cannot be had.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), f"{host}:{port}") from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """Drains at the first signal while it still answers `/health`; ends at once at the second."""
+
+    def __init__(self, config: uvicorn.Config, front: Front, listening: Listening) -> None:
+        super().__init__(config)
+        self._front, self._listening = front, listening
+        self._ending: asyncio.Event | None = None
+
+    async def run(self, listener: socket.socket) -> None:
+        """Serve until a signal comes and what was begun has ended."""
+        self._ending = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        helpers = [asyncio.create_task(self._drain())]
+        if self._listening.stats_interval > 0:
+            helpers.append(asyncio.create_task(self._log_stats()))
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            for helper in helpers:
+                helper.cancel()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """From here on it listens: say where."""
+        await super().startup(sockets)
+        host, port = sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        log.info("serving %s at http://%s:%d", self._front.settings.names[0], shown, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Not remembered: the process ends with 0, not by the signal."""
+        if self._front.draining:
+            self._front.cancel_all()
+            self.should_exit = True
+            self.force_exit = self.force_exit or sig == signal.SIGINT
+        self._front.draining = True
+        self._loop.call_soon_threadsafe(self._ending.set)
+
+    async def _drain(self) -> None:
+        await self._ending.wait()
+        limit = self._listening.drain_timeout
+        log.info("draining: %d requests have %g s to end", len(self._front.live), limit)
+        end = self._loop.time() + limit
+        while self._front.busy and self._loop.time() < end:
+            await asyncio.sleep(_AWAKE)
+        if self._front.live:
+            log.warning("cancelling %d requests", len(self._front.live))
+            self._front.cancel_all()
+        self.should_exit = True
+
+    async def _log_stats(self) -> None:
+        while True:
+            await asyncio.sleep(self._listening.stats_interval)
+            try:
+                stats = await asyncio.to_thread(self._front.engine.stats)
+            except Exception as error:
+                log.error("no figures: %s", error)
+                return
+            shown = {name: stats[name] for name in ("requests", "tokens", "latency")}
+            log.info("stats %s", json.dumps(shown))
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", level="WARNING"
+    )
+    logging.getLogger("mstar").setLevel(level.upper())
+    logging.getLogger("uvicorn").setLevel("WARNING")
+    logging.getLogger("python_multipart").setLevel("ERROR")  # clients are told what is wrong

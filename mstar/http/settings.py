@@ -1,0 +1,30 @@
+"""What the operator of a server can choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Names, keys and limits of one server.
+
+    Args:
+        names: what the model is called on the wire; the first one is shown.
+        api_key: clients must send it as `Authorization: Bearer KEY`; `None` lets everybody in.
+        max_body_bytes: longest request body.
+        max_text_chars: longest text in one field.
+        body_timeout: seconds within which a client must have sent the body.
+        request_timeout: seconds that any request may take; clients can ask for less.
+        cors_origins: origins whose pages may call; none by default.
+    """
+
+    names: tuple[str, ...]
+    api_key: str | None = None
+    max_body_bytes: int = 64 * 2**20
+    max_text_chars: int = 200_000
+    body_timeout: float = 60.0
+    request_timeout: float | None = 600.0
+    cors_origins: tuple[str, ...] = ()

@@ -1,0 +1,132 @@
+"""Events and results as the native route writes them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from mstar.http.errors import Refused
+from mstar.models.parameters import plain
+from mstar.types import (
+    ActionChunk,
+    AudioChunk,
+    Event,
+    GenerateResult,
+    ImageChunk,
+    LatentChunk,
+    TextChunk,
+)
+
+__all__ = ["document", "error_line", "lines", "size_of"]
+
+
+def lines(events: Sequence[Event], request_id: str, names: Mapping[str, str]) -> bytes:
+    """NDJSON: one object per event with the keys `modality`, `data` (base64) and `metadata`.
+
+    Args:
+        events: in order.
+        request_id: goes to the metadata of the last event of a request.
+        names: modality -> what this client calls it, where that differs.
+    """
+    out = []
+    for event in events:
+        data, metadata = _payload(event)
+        metadata = {**event.metadata, **metadata, **_closing(event, request_id)}
+        out.append(_line(names.get(event.modality, event.modality), data, metadata))
+    return b"".join(out)
+
+
+def error_line(refused: Refused) -> bytes:
+    """The last line of a stream that failed, with the status that it would have had at first."""
+    metadata = {"status": refused.status}
+    return _line("error", refused.message.encode(), metadata)
+
+
+def document(result: GenerateResult, names: Mapping[str, str]) -> bytes:
+    """A whole result, grouped by modality; the last entry of each tells how it ended."""
+    outputs: dict[str, list[dict[str, Any]]] = {}
+    for event in _whole(result):
+        data, metadata = _payload(event)
+        entry = {
+            "data": base64.b64encode(data).decode(),
+            "metadata": {**event.metadata, **metadata},
+        }
+        outputs.setdefault(names.get(event.modality, event.modality), []).append(entry)
+    closing = {
+        "finish_reason": result.finish_reason,
+        "usage": asdict(result.usage) if result.usage else None,
+        "request_id": result.request_id,
+    }
+    for entries in outputs.values():
+        entries[-1]["metadata"].update(closing)
+    return json.dumps({"request_id": result.request_id, "outputs": outputs}, default=_json).encode()
+
+
+def size_of(events: Sequence[Event]) -> int:
+    """About how many bytes the events hold."""
+    return sum(_size(event) for event in events)
+
+
+def _whole(result: GenerateResult) -> list[Event]:
+    """The result as few events as can be: text, audio and actions are one each."""
+    events: list[Event] = []
+    if result.text:
+        events.append(TextChunk(result.text))
+    events += [e for e in result.raw if isinstance(e, (ImageChunk, LatentChunk))]
+    if result.audio is not None:
+        events.append(AudioChunk(result.audio.pcm, result.audio.sample_rate))
+    if result.actions is not None:
+        metadata = next(e.metadata for e in result.raw if isinstance(e, ActionChunk))
+        events.append(ActionChunk(result.actions, metadata=metadata))
+    return events or [event for event in result.raw if event.finish_reason is not None]
+
+
+def _payload(event: Event) -> tuple[bytes, dict[str, Any]]:
+    if isinstance(event, TextChunk):
+        return event.text.encode("utf-8", "replace"), {}
+    if isinstance(event, ImageChunk):
+        return event.data, {}
+    if isinstance(event, AudioChunk):
+        pcm = np.asarray(event.pcm, dtype="<i2").tobytes()
+        return pcm, {"sample_rate": event.sample_rate, "num_channels": 1}
+    array = event.actions if isinstance(event, ActionChunk) else event.latents
+    array = np.ascontiguousarray(array, dtype="<f4")
+    return array.tobytes(), {"dtype": "float32", "shape": list(array.shape)}
+
+
+def _size(event: Event) -> int:
+    if isinstance(event, TextChunk):
+        return len(event.text)
+    if isinstance(event, ImageChunk):
+        return len(event.data)
+    if isinstance(event, AudioChunk):
+        return 2 * len(event.pcm)
+    return 4 * (event.actions if isinstance(event, ActionChunk) else event.latents).size
+
+
+def _closing(event: Event, request_id: str) -> dict[str, Any]:
+    if event.finish_reason is None:
+        return {}
+    usage = asdict(event.usage) if event.usage else None
+    return {"finish_reason": event.finish_reason, "usage": usage, "request_id": request_id}
+
+
+def _line(modality: str, data: bytes, metadata: dict[str, Any]) -> bytes:
+    """One line; base64 needs no escapes, so it is not sent through the JSON encoder."""
+    head = b'{"modality": %b, "data": "' % json.dumps(modality).encode()
+    tail = b'", "metadata": %b}\n' % json.dumps(metadata, default=_json).encode()
+    return b"".join((head, binascii.b2a_base64(data, newline=False), tail))
+
+
+def _json(value: Any) -> Any:
+    """What JSON has no word for: numpy numbers and arrays; anything else as text."""
+    value = plain(value)
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
