@@ -125,43 +125,21 @@ class Engine(GenerateMethods):
 
     # -- generating ------------------------------------------------------------------------------
 
-    def submit(
-        self,
-        *,
-        text: str | None = None,
-        messages: Sequence[Mapping[str, Any]] | None = None,
-        images: Any = None,
-        audio: Any = None,
-        video: Any = None,
-        output_modalities: Sequence[str] | None = None,
-        input_modalities: Sequence[str] | None = None,
-        stream: bool = True,
-        request_id: str | None = None,
-        timeout: float | None = None,
-        **model_kwargs: Any,
-    ) -> Handle:
-        """Queue a request and return at once. Arguments as for `generate`.
+    def submit(self, *, stream: bool = True, **request: Any) -> Handle:
+        """Queue a request and return at once.
+
+        Args:
+            stream: make events as early as they can be had, not in large pieces.
+            **request: as for `generate`.
 
         Raises:
             InvalidRequest: the request cannot be served; nothing was queued.
             EngineOverloaded: the queue is full.
             EngineClosed: the engine is closed or has died.
         """
-        request = self._prepare(
-            text=text,
-            messages=messages,
-            images=images,
-            audio=audio,
-            video=video,
-            output_modalities=output_modalities,
-            input_modalities=input_modalities,
-            stream=stream,
-            request_id=request_id,
-            timeout=timeout,
-            **model_kwargs,
-        )
-        self._service.submit(request)
-        return request.sink
+        prepared = self._prepare(stream=stream, **request)
+        self._service.submit(prepared)
+        return prepared.sink
 
     def generate(
         self,
@@ -312,8 +290,8 @@ class Engine(GenerateMethods):
     def _prepare(
         self,
         *,
+        stream: bool,
         output_modalities: Sequence[str] | None = None,
-        stream: bool = True,
         request_id: str | None = None,
         timeout: float | None = None,
         text: str | None = None,

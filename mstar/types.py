@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,10 +186,3 @@ def fold(events: Iterable[Event], request_id: str | None = None) -> GenerateResu
     if actions:
         result.actions = np.concatenate(actions)
     return result
-
-
-def iter_pcm(events: Iterable[Event]) -> Iterator[np.ndarray]:
-    """The int16 samples of every audio event that has some."""
-    for event in events:
-        if isinstance(event, AudioChunk) and len(event.pcm):
-            yield event.pcm
