@@ -29,6 +29,7 @@ _HOME = {
         "GenerateResult",
         "ImageChunk",
         "LatentChunk",
+        "ProgressChunk",
         "TextChunk",
         "Usage",
     ),

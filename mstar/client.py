@@ -34,6 +34,7 @@ from mstar.types import (
     GenerateResult,
     ImageChunk,
     LatentChunk,
+    ProgressChunk,
     TextChunk,
     Usage,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "MStarError",
     "ModelNotFound",
     "OutOfMemory",
+    "ProgressChunk",
     "RawChunk",
     "RequestCancelled",
     "RequestFailed",

@@ -19,6 +19,7 @@ __all__ = [
     "GenerateResult",
     "ImageChunk",
     "LatentChunk",
+    "ProgressChunk",
     "TextChunk",
     "Usage",
     "fold",
@@ -99,6 +100,19 @@ class LatentChunk(Event):
 
     latents: np.ndarray
     modality = "latent"
+
+
+@dataclass
+class ProgressChunk(Event):
+    """`step` of `steps` is done; `preview` is a PNG of what comes of it, or empty.
+
+    Made only where a parameter of the model asks for it.
+    """
+
+    step: int
+    steps: int
+    preview: bytes = b""
+    modality = "progress"
 
 
 @dataclass(eq=False)

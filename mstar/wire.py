@@ -23,6 +23,7 @@ from mstar.types import (
     GenerateResult,
     ImageChunk,
     LatentChunk,
+    ProgressChunk,
     TextChunk,
     Usage,
     fold,
@@ -176,6 +177,8 @@ class Reply:
             return TextChunk(text) if text or last else None
         if modality == "audio":
             return self._audio(data, metadata)
+        if modality == "progress" and {"step", "steps"} <= metadata.keys():
+            return ProgressChunk(metadata["step"], metadata["steps"], data)
         if not data and "shape" not in metadata:
             return Event() if last else None
         if modality == "image":

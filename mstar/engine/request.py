@@ -19,6 +19,7 @@ from mstar.types import (
     Event,
     ImageChunk,
     LatentChunk,
+    ProgressChunk,
     TextChunk,
     Usage,
 )
@@ -81,9 +82,9 @@ class Request:
 
     # -- for walks ---------------------------------------------------------------------------
 
-    def emit_text(self, text: str | Awaitable[str]) -> None:
+    def emit_text(self, text: str | Awaitable[str], **metadata: Any) -> None:
         """Give the caller whole characters of text, or what an awaitable makes of them."""
-        self._emit("text", text, TextChunk)
+        self._emit("text", text, lambda value: TextChunk(value, metadata=metadata))
 
     def emit_audio(self, pcm: np.ndarray | Awaitable[np.ndarray], sample_rate: int) -> None:
         """Give the caller mono int16 samples, or those that an awaitable makes."""
@@ -100,6 +101,10 @@ class Request:
     def emit_latents(self, latents: np.ndarray | Awaitable[np.ndarray], **metadata: Any) -> None:
         """Give the caller a float32 array of latents."""
         self._emit("latent", latents, lambda value: LatentChunk(value, metadata=metadata))
+
+    def emit_progress(self, step: int, steps: int, preview: bytes | Awaitable[bytes] = b"") -> None:
+        """Tell the caller how far an image is, with a PNG of what comes of it; before the image."""
+        self._emit("image", preview, lambda value: ProgressChunk(step, steps, value))
 
     def _emit(self, modality: str, value: Any, make: Callable[[Any], Event]) -> None:
         line = self._lines.get(modality)

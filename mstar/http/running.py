@@ -1,11 +1,11 @@
-"""One request of the engine, driven from an event loop."""
+"""Requests of the engine, driven from an event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -16,7 +16,7 @@ from mstar.http.front import Front
 from mstar.http.record import record_of
 from mstar.types import Event
 
-__all__ = ["running"]
+__all__ = ["Running", "merged", "running", "running_all"]
 
 
 @contextlib.asynccontextmanager
@@ -33,26 +33,77 @@ async def running(
     Raises:
         MStarError: the engine refuses it. Refused: the server takes no more work.
     """
+    async with running_all(front, request, [arguments]) as (run,):
+        yield run
+
+
+@contextlib.asynccontextmanager
+async def running_all(
+    front: Front, request: Request, several: Sequence[dict[str, Any]]
+) -> AsyncIterator[list[Running]]:
+    """`running` for the several requests of the engine that one request of HTTP asks for.
+
+    Their ids in the engine are that of the request with `-1`, `-2` ... from the second on.
+    """
     front.check_open()
     record = record_of(request.scope)
     if not record.named:  # one name for the request of HTTP and the engine's
-        arguments.setdefault("request_id", record.request_id)
-        record.request_id = arguments["request_id"]
-    began = time.monotonic()
-    handle = await _submit(front.engine, arguments)
-    front.live.add(handle)
-    if handle.request_id != record.request_id:
-        record.note(engine_request_id=handle.request_id)
-    watcher = asyncio.ensure_future(_cancel_when_gone(request, handle))
-    run = Running(front, handle, began)
+        record.request_id = several[0].setdefault("request_id", record.request_id)
+        for index, arguments in enumerate(several[1:], start=1):
+            arguments.setdefault("request_id", f"{record.request_id}-{index}")
+    runs: list[Running] = []
+    watcher = asyncio.ensure_future(_cancel_when_gone(request, runs))
     try:
-        yield run
+        for arguments in several:
+            began = time.monotonic()
+            handle = await _submit(front.engine, arguments)
+            front.live.add(handle)
+            runs.append(Running(front, handle, began))
+            if watcher.done():  # the client left meanwhile
+                handle.cancel()
+        if runs[0].request_id != record.request_id:
+            record.note(engine_request_id=runs[0].request_id)
+        yield runs
     finally:
         watcher.cancel()
-        front.live.discard(handle)
-        if not handle.done:
-            handle.cancel()
-        run.close(record)
+        for run in runs:
+            front.live.discard(run.handle)
+            if not run.handle.done:
+                run.handle.cancel()
+        for run in runs:
+            run.close(record)
+
+
+async def merged(runs: Sequence[Running]) -> AsyncIterator[tuple[int, list[Event]]]:
+    """The events of all requests as they come, each batch with the number of its request.
+
+    Raises:
+        MStarError: what ended any of them early.
+    """
+    loop = asyncio.get_running_loop()
+    changed = asyncio.Event()
+
+    def tell() -> None:  # on the engine's thread
+        if not changed.is_set():
+            with contextlib.suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(changed.set)
+
+    for run in runs:
+        run.handle.listen(tell)
+    live = dict(enumerate(runs))
+    while live:
+        changed.clear()
+        idle = True
+        for index, run in list(live.items()):
+            events, done = run.take()
+            if events:
+                idle = False
+                yield index, events
+            if done:
+                run.handle.raise_for_error()
+                del live[index]
+        if idle and live:
+            await changed.wait()
 
 
 class Running:
@@ -62,6 +113,7 @@ class Running:
         self.handle = handle
         self._front = front
         self._began = began
+        self._taken = 0
         self._first: float | None = None
         self._first_audio: float | None = None
         self._last: Event | None = None
@@ -71,34 +123,22 @@ class Running:
         """The id inside the engine."""
         return self.handle.request_id
 
+    def take(self) -> tuple[list[Event], bool]:
+        """The events since the last call, and whether there will be no more."""
+        events, done = self.handle.taken(self._taken)
+        if events:
+            self._look_at(events)
+            self._taken += len(events)
+        return events, done
+
     async def batches(self) -> AsyncIterator[list[Event]]:
         """The events as they come; those that are there at once come together.
 
         Raises:
             MStarError: what ended the request early.
         """
-        loop = asyncio.get_running_loop()
-        changed = asyncio.Event()
-
-        def tell() -> None:  # on the engine's thread
-            if not changed.is_set():
-                with contextlib.suppress(RuntimeError):  # the loop was closed
-                    loop.call_soon_threadsafe(changed.set)
-
-        self.handle.listen(tell)
-        index = 0
-        while True:
-            changed.clear()
-            events, done = self.handle.taken(index)
-            if events:
-                self._look_at(events)
-                index += len(events)
-                yield events
-            if done:
-                self.handle.raise_for_error()
-                return
-            if not events:
-                await changed.wait()
+        async for _, events in merged([self]):
+            yield events
 
     async def events(self) -> AsyncIterator[Event]:
         """All events, one by one."""
@@ -151,7 +191,8 @@ def _forget(task: asyncio.Future) -> None:
         task.result().cancel()
 
 
-async def _cancel_when_gone(request: Request, handle: Any) -> None:
+async def _cancel_when_gone(request: Request, runs: Sequence[Running]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    handle.cancel()
+    for run in runs:
+        run.handle.cancel()

@@ -20,6 +20,7 @@ from mstar.types import (
     GenerateResult,
     ImageChunk,
     LatentChunk,
+    ProgressChunk,
     TextChunk,
 )
 
@@ -95,6 +96,8 @@ def _payload(event: Event) -> tuple[bytes, dict[str, Any]]:
     if isinstance(event, AudioChunk):
         pcm = np.asarray(event.pcm, dtype="<i2").tobytes()
         return pcm, {"sample_rate": event.sample_rate, "num_channels": 1}
+    if isinstance(event, ProgressChunk):
+        return event.preview, {"step": event.step, "steps": event.steps}
     array = event.actions if isinstance(event, ActionChunk) else event.latents
     array = np.ascontiguousarray(array, dtype="<f4")
     return array.tobytes(), {"dtype": "float32", "shape": list(array.shape)}
@@ -107,6 +110,8 @@ def _size(event: Event) -> int:
         return len(event.data)
     if isinstance(event, AudioChunk):
         return 2 * len(event.pcm)
+    if isinstance(event, ProgressChunk):
+        return len(event.preview)
     return 4 * (event.actions if isinstance(event, ActionChunk) else event.latents).size
 
 
