@@ -19,6 +19,7 @@ class Handle:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.usage = Usage()  # the counts so far; they go up while the request runs
         self.cancel_request: Callable[[], None] = lambda: None
         self._events: list[Event] = []
         self._error: BaseException | None = None

@@ -277,15 +277,18 @@ class KVCache:
         del self._content[length:]
         del self._digests[length // self.pool.page_size :]
 
-    def reuse(self, content: Sequence[int]) -> int:
+    def reuse(self, content: Sequence[int], whole: Sequence[tuple[int, int]] = ()) -> int:
         """Begin an empty sequence with pages that others left, if they hold the same content.
 
         Args:
             content: one integer for each token to come: its id, or for a token of an image or a
                 sound a hash of the media's bytes and the token's place in it.
+            whole: first and last + 1 of tokens that see each other, so that they can only be reused
+                together. Others left their end by `seal`.
 
         Returns:
-            How many tokens need not be computed: whole pages, at most `len(content) - 1`.
+            How many tokens need not be computed, at most `len(content) - 1`: whole pages, or up to
+            the end of one of `whole`.
         """
         self._check_open()
         if self.length or not self.pool.prefix_cache or self.group.is_out:
@@ -301,9 +304,47 @@ class KVCache:
             self.pool.table.retain([page])
             self.pages.append(page)
             self._digests.append(digest)
-        self.length = self.cached_tokens = len(self.pages) * size
+        self.length = len(self.pages) * size
+        for _, end in reversed(whole):
+            if self.length < end < min(self.length + size, len(content)):
+                self._adopt(content, end)
+                if self.length == end:
+                    break
         self._content = list(content[: self.length])
+        for start, end in whole:
+            if start < self.length < end:
+                self.truncate(start)
+        self.cached_tokens = self.length
         return self.length
+
+    def seal(self) -> None:
+        """Let others find the sequence up to here, though its last page is not full.
+
+        That takes a copy of the page; without a page for it, nothing happens.
+        """
+        size, table = self.pool.page_size, self.pool.table
+        full, rest = divmod(self.length, size)
+        known = len(self._content) == self.length and len(self._digests) == full
+        if not rest or not known or self.group.is_out or not table.available:
+            return
+        before = self._digests[-1] if self._digests else b""
+        digest = _extend_digest(before, self._content[full * size :])
+        if table.find(digest) is not None:
+            return
+        (page,) = table.allocate(1)
+        self.pool.tensor[:, :, page] = self.pool.tensor[:, :, self.pages[full]]
+        table.publish(page, digest)
+        table.release([page])
+
+    def _adopt(self, content: Sequence[int], end: int) -> None:
+        """Take the sealed page that ends with token `end`, if there is one."""
+        before = self._digests[-1] if self._digests else b""
+        digest = _extend_digest(before, content[len(self.pages) * self.pool.page_size : end])
+        page = self.pool.table.find(digest)
+        if page is not None:
+            self.pool.table.retain([page])
+            self.pages.append(page)
+            self.length = end
 
     def reserve(self, tokens: int, busy: set[KVGroup]) -> None:
         """Make sure that the next `tokens` can be written: bring the group back, get pages, copy
@@ -353,7 +394,7 @@ class KVCache:
     def _make_own(self, index: int, busy: set[KVGroup]) -> None:
         """Copy on write: before writing into a page that somebody else holds or may find."""
         table, page = self.pool.table, self.pages[index]
-        if table.references[page] == 1:
+        if table.references[page] == 1 and not (table.is_published(page) and table.available):
             table.unpublish(page)
             return
         after = self.pages[index - 1] if index else None

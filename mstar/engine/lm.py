@@ -7,7 +7,6 @@ any number of sequences. `feed` and `generate` are coroutines above that; a walk
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -18,6 +17,8 @@ from mstar.engine.kernels.paged_batch import PagedBatch
 from mstar.engine.kernels.staging import pack, to_device
 from mstar.engine.kvcache import KVCache, KVGroup, KVLayout, KVPool
 from mstar.engine.layers.attention import AttentionContext
+from mstar.engine.layout import Layout, Piece
+from mstar.engine.logprobs import LogProbs, TokenScores
 from mstar.engine.node import Node
 from mstar.engine.paged_context import PagedContext
 from mstar.engine.pages import PagesExhausted
@@ -40,8 +41,13 @@ class DecoderNetwork(Protocol):
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings `[tokens, hidden]` of ids `[tokens]`."""
 
-    def __call__(self, inputs: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
-        """Normed hidden states `[tokens, hidden]` of ids `[tokens]` or embeddings."""
+    def __call__(
+        self, inputs: Tensor, positions: Tensor, context: AttentionContext, lead: int = 0
+    ) -> Tensor:
+        """Normed hidden states `[tokens, hidden]` of ids `[tokens]` or embeddings.
+
+        A network of two experts runs the first `lead` tokens through the second one.
+        """
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores float32 `[tokens, vocab]`."""
@@ -55,6 +61,8 @@ class LanguageModel(Node):
         pool: its KV cache.
         max_batch: most sequences in a batch.
         token_budget: most prefill tokens in a batch; prompts are fed in chunks of that size.
+        span_budget: most tokens of spans in a batch (default: `token_budget`). Spans that cannot be
+            fed in chunks, those of images, may be longer than a chunk; one always fits.
         look_ahead: launch a sequence's next step before its last token is read (default: on a GPU).
             Stop conditions are then seen one step late and the surplus token is dropped.
         graphs: capture decode steps as CUDA graphs (on a GPU).
@@ -68,6 +76,7 @@ class LanguageModel(Node):
         *,
         max_batch: int = 64,
         token_budget: int = 512,
+        span_budget: int | None = None,
         look_ahead: bool | None = None,
         graphs: bool = True,
     ) -> None:
@@ -75,6 +84,7 @@ class LanguageModel(Node):
         self.network = network
         self.pool = pool
         self.token_budget = token_budget
+        self.span_budget = max(token_budget, span_budget or 0)
         self.device = pool.tensor.device
         self.look_ahead = self.device.type == "cuda" if look_ahead is None else look_ahead
         self.sampler = sampler_for(self.device, network.vocab_size)
@@ -154,14 +164,14 @@ class LanguageModel(Node):
         batch: dict[KVCache, Call] = {}
         failed: list[tuple[Call, Exception]] = []
         busy: set[KVGroup] = set()
-        room, starved = self.token_budget, False
+        room, starved = self.span_budget, False
         for call in calls:
             span: Span = call.payload
             if len(batch) == self.max_batch:
                 break
             if span.kv in batch:  # one span after the other
                 continue
-            if span.count > 1 and span.count > room and room < self.token_budget:
+            if span.count > 1 and span.count > room and room < self.span_budget:
                 continue
             if (starved or self._must_wait(span, busy)) and not self._has_pages(span):
                 starved = True
@@ -232,52 +242,61 @@ class LanguageModel(Node):
         )
 
     def _run(self, spans: list[Span]) -> list[Step]:
-        kv_lens = [span.kv.length + span.count for span in spans]
-        tables = [span.kv.pages for span in spans]
+        layout = Layout(spans)
+        kv_lens = [piece.span.kv.length + piece.span.count for piece in layout.pieces]
+        tables = [piece.span.kv.pages for piece in layout.pieces]
         rows = [index for index, span in enumerate(spans) if span.sampler is not None]
-        hidden, logits = self._forward(spans, kv_lens, tables, rows)
-        tokens = None
+        samplers = [spans[row].sampler for row in rows]
+        hidden, logits = self._forward(layout, kv_lens, tables, [spans[row] for row in rows])
+        tokens, scores = None, {}
         if rows:
-            tokens = Tokens(self.sampler.sample(logits, [spans[r].sampler for r in rows]))
+            scores = _scores(logits, samplers)
+            tokens = Tokens(self.sampler.sample(logits, samplers))
         place = {row: index for index, row in enumerate(rows)}
-        steps, start = [], 0
+        steps = []
         for index, span in enumerate(spans):
-            states = hidden[start : start + span.count] if span.hidden else None
-            start += span.count
+            states = hidden[slice(*layout.rows(span))] if span.hidden else None
             if span.keep:
                 span.kv.wrote(span.count, span.content)
-            steps.append(Step(tokens if index in place else None, place.get(index, 0), states))
+            row = place.get(index)
+            chosen = None if row is None else tokens
+            steps.append(Step(chosen, row or 0, states, scores.get(row)))
         self.pool.released()  # the sequences are idle now: calls of another node may want pages
         return steps
 
     def _forward(
         self,
-        spans: list[Span],
+        layout: Layout,
         kv_lens: list[int],
         tables: list[list[int]],
-        rows: list[int],
+        sampled: list[Span],
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states of all tokens, and logits of the last token of each span in `rows`."""
+        """Hidden states of all tokens, and logits of the last token of each span in `sampled`."""
+        pieces = layout.pieces
         positions: list[int] = []
-        for span in spans:
-            begin = span.kv.length
-            here = range(begin, begin + span.count)
-            positions += here if span.positions is None else span.positions
-        inputs = self._inputs(spans)
-        if self._is_captured(spans, rows):
+        for piece in pieces:
+            positions += piece.positions
+        inputs = self._inputs(pieces)
+        if self._is_captured(pieces, sampled):
             hidden, logits = self.graphs.run(inputs, positions, kv_lens, tables)
-            return (hidden.clone() if any(s.hidden for s in spans) else hidden), logits
-        counts = [span.count for span in spans]
+            return (hidden.clone() if any(p.span.hidden for p in pieces) else hidden), logits
         batch = PagedBatch(
-            counts, kv_lens, tables, [span.causal for span in spans], self.pool.page_size
+            layout.counts,
+            kv_lens,
+            tables,
+            [piece.span.causal for piece in pieces],
+            self.pool.page_size,
+            layout.ends,
         )
-        last = list(accumulate(counts))
-        numbers = positions, batch.slot_list, [last[row] - 1 for row in rows]
+        numbers = positions, batch.slot_list, [layout.last(span) for span in sampled]
         where, slots, wanted = pack(numbers, torch.int64, self.device)
-        hidden = self.network(inputs, where, PagedContext(self.pool, batch, slots))
-        if not rows:
+        context = PagedContext(self.pool, batch, slots)
+        experts = (layout.lead,) if layout.lead else ()
+        hidden = self.network(inputs, where, context, *experts)
+        if not sampled:
             return hidden, None
-        return hidden, self.network.logits(hidden if len(rows) == len(hidden) else hidden[wanted])
+        every = len(sampled) == len(hidden)
+        return hidden, self.network.logits(hidden if every else hidden[wanted])
 
     def _decode(
         self, ids: Tensor, positions: Tensor, context: PagedContext
@@ -285,36 +304,49 @@ class LanguageModel(Node):
         hidden = self.network(ids, positions, context)
         return hidden, self.network.logits(hidden)
 
-    def _is_captured(self, spans: list[Span], rows: list[int]) -> bool:
+    def _is_captured(self, pieces: list[Piece], sampled: list[Span]) -> bool:
         return (
             self.graphs is not None
-            and len(rows) == len(spans)
-            and all(s.count == 1 and not s.is_embedded for s in spans)
-            and self.graphs.fits(len(spans), [s.kv.pages for s in spans])
+            and len(sampled) == len(pieces)
+            and all(p.count == 1 and not p.span.is_embedded for p in pieces)
+            and self.graphs.fits(len(pieces), [p.span.kv.pages for p in pieces])
         )
 
-    def _inputs(self, spans: list[Span]) -> Tensor:
+    def _inputs(self, pieces: list[Piece]) -> Tensor:
         """Ids `[tokens]`, or embeddings `[tokens, hidden]` if any span brings some."""
-        if not any(span.is_embedded for span in spans):
-            return self._ids(spans)
+        if not any(piece.span.is_embedded for piece in pieces):
+            return self._ids(pieces)
         parts = [
-            span.inputs if span.is_embedded else self.network.embed(self._ids([span]))
-            for span in spans
+            piece.inputs if piece.span.is_embedded else self.network.embed(self._ids([piece]))
+            for piece in pieces
         ]
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _ids(self, spans: list[Span]) -> Tensor:
+    def _ids(self, pieces: list[Piece]) -> Tensor:
         """Ids `[tokens]`. Those that a step chose are not read on a GPU: they stay there."""
         ids: list[int] = []
         if self.device.type == "cpu":
-            for span in spans:
-                ids += (span.inputs.token,) if isinstance(span.inputs, Step) else span.inputs
+            for piece in pieces:
+                inputs = piece.inputs
+                ids += (inputs.token,) if isinstance(inputs, Step) else inputs
             return to_device(ids, torch.int64, self.device)
-        return gather_ids([span.inputs for span in spans], self.device)
+        return gather_ids([piece.inputs for piece in pieces], self.device)
+
+
+def _scores(logits: Tensor, samplers: Sequence[SamplerState]) -> dict[int, tuple[LogProbs, int]]:
+    """Row -> its scores, for the rows whose parameters ask for them."""
+    rows = [row for row, state in enumerate(samplers) if state.params.logprobs is not None]
+    if not rows:
+        return {}
+    scores = LogProbs(logits[rows], [samplers[row].params.logprobs for row in rows])
+    return {row: (scores, index) for index, row in enumerate(rows)}
 
 
 class Generation:
-    """Tokens being decoded. `finish_reason` is `"stop"` or `"length"` once it has ended."""
+    """Tokens being decoded. `finish_reason` is `"stop"` or `"length"` once it has ended.
+
+    `scores` holds those of every token so far, where the parameters ask for them.
+    """
 
     def __init__(
         self,
@@ -325,6 +357,7 @@ class Generation:
         usage: Usage | None,
     ) -> None:
         self.finish_reason: str | None = None
+        self.scores: list[TokenScores] = []
         self._lm = lm
         self._kv = kv
         self._prompt = prompt
@@ -353,6 +386,8 @@ class Generation:
                     return
                 if ahead is not None:
                     kv.note((token,))
+                if params.logprobs is not None:
+                    self.scores.append(step.scores)
                 try:
                     yield token
                 except GeneratorExit:  # nobody wants more, so the token stays out of the cache

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from mstar.engine.kernels.paged_attention import paged_attention
 from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
 from mstar.engine.kernels.rotary_store import rotary_store
 from mstar.engine.kvcache import KVPool
+from mstar.engine.layers.attention import Projected
 
 __all__ = ["PagedContext"]
 
@@ -28,12 +31,33 @@ class PagedContext:
     def attend(
         self,
         layer: int,
-        qkv: Tensor,
+        parts: Sequence[Projected],
         angles: tuple[Tensor, Tensor],
         heads: int,
         kv_heads: int,
     ) -> Tensor:
         """See `layers.attention.AttentionContext.attend`."""
         keys, values = self.pool.layer(layer)
-        q = rotary_store(qkv, *angles, keys, values, self.slots, heads, kv_heads)
+        if len(parts) == 1:
+            qkv, norms = parts[0]
+            q = rotary_store(qkv, *angles, keys, values, self.slots, heads, kv_heads, norms)
+        else:
+            cos, sin = angles
+            q = parts[0].qkv.new_empty(len(cos), heads, keys.shape[-1])
+            start = 0
+            for qkv, norms in parts:
+                rows = slice(start, start + len(qkv))
+                start = rows.stop
+                rotary_store(
+                    qkv,
+                    cos[rows],
+                    sin[rows],
+                    keys,
+                    values,
+                    self.slots[rows],
+                    heads,
+                    kv_heads,
+                    norms,
+                    q[rows],
+                )
         return paged_attention(q, keys, values, self.batch, q.shape[-1] ** -0.5).flatten(1)

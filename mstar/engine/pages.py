@@ -117,6 +117,10 @@ class PageTable:
         if digest is not None:
             del self._page_of[digest]
 
+    def is_published(self, page: int) -> bool:
+        """Whether others can find a page by its digest."""
+        return page in self._digest_of
+
     def find(self, digest: bytes) -> int | None:
         """The page published under `digest`. Hold it before anything else is allocated."""
         page = self._page_of.get(digest)

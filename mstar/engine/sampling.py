@@ -46,6 +46,7 @@ class SamplingParams:
         min_tokens: `stop_ids` cannot be chosen before so many tokens.
         stop_ids: tokens that end the sequence; they are not part of the output.
         seed: of the draws.
+        logprobs: tell how likely every token was, and so many of the likeliest; `None` for neither.
     """
 
     temperature: float = 1.0
@@ -60,6 +61,7 @@ class SamplingParams:
     min_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
     seed: int = 0
+    logprobs: int | None = None
 
     @property
     def penalises(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mstar.engine.kernels.staging import pack
 from mstar.engine.kvcache import KVCache
+from mstar.engine.logprobs import LogProbs, TokenScores
 from mstar.engine.sampling import SamplerState
 from mstar.errors import RequestFailed
 
@@ -29,7 +30,9 @@ class Span:
         causal: whether tokens of the span see only those before them.
         keep: whether the span's keys and values stay in the cache.
         sampler: choose a token after the span's last one.
-        hidden: return the span's hidden states.
+        lead: how many of the first tokens belong to the network's second expert (a Mixture of
+            Transformers, Liang et al. 2024, section 2); such a span is not causal.
+        hidden: return the hidden states of the span; only those of its lead, if it has one.
         content: what the tokens are, for the prefix cache (see `KVCache.reuse`).
     """
 
@@ -40,6 +43,7 @@ class Span:
     causal: bool = True
     keep: bool = True
     sampler: SamplerState | None = None
+    lead: int = 0
     hidden: bool = False
     content: Sequence[int] | None = None
 
@@ -60,6 +64,8 @@ class Span:
             count = len(self.inputs)
         if not 0 < count == self.count:
             raise ValueError(f"a span of {self.count} tokens needs as many inputs and got {count}")
+        if self.lead and (self.causal or not 0 < self.lead <= count):
+            raise ValueError(f"lead={self.lead}: the span has {count} tokens, causal={self.causal}")
         if self.positions is not None and len(self.positions) != count:
             raise ValueError(f"{len(self.positions)} positions for a span of {count} tokens")
         if self.content is not None and len(array("q", self.content)) != count:
@@ -89,14 +95,27 @@ class Tokens:
 
 
 class Step:
-    """What came of a span: the chosen token (if asked for) and hidden states (if asked for)."""
+    """What came of a span: the chosen token, its scores and hidden states, each if asked for."""
 
-    __slots__ = ("hidden", "row", "tokens")
+    __slots__ = ("_scores", "hidden", "row", "tokens")
 
-    def __init__(self, tokens: Tokens | None, row: int, hidden: Tensor | None) -> None:
+    def __init__(
+        self,
+        tokens: Tokens | None,
+        row: int,
+        hidden: Tensor | None,
+        scores: tuple[LogProbs, int] | None = None,
+    ) -> None:
         self.tokens = tokens
         self.row = row
         self.hidden = hidden
+        self._scores = scores
+
+    @property
+    def scores(self) -> TokenScores:
+        """How likely the chosen token was; there if its parameters have `logprobs`."""
+        scores, row = self._scores
+        return scores.of(row, self.token)
 
     @property
     def token(self) -> int:

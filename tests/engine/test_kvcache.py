@@ -101,14 +101,16 @@ def test_rolling_back_into_a_shared_page_does_not_change_the_other_sequence():
     assert read(kv) == values([0, 1, 2, 3, 4, 50, 51, 52, 53])
 
 
-def test_rolling_back_into_a_published_page_takes_it_out_of_the_prefix_cache():
-    pool = pool_of(8)
+@pytest.mark.parametrize(("pages", "kept"), [(8, 8), (2, 4)])
+def test_rolling_back_into_a_published_page_leaves_it_to_others_if_there_is_room(pages, kept):
+    pool = pool_of(pages)
     kv = pool.open()
     write(kv, range(8))
     kv.truncate(6)
     write(kv, [60, 61])
     with pool.open() as other:
-        assert other.reuse([*range(9)]) == 4
+        assert other.reuse([*range(9)]) == kept
+        assert read(other) == values(range(kept))
     with pool.open() as other:
         assert other.reuse([*range(6), 60, 61, 9]) == 8
         assert read(other) == values([*range(6), 60, 61])
@@ -143,6 +145,55 @@ def test_a_prefix_is_reused_in_whole_pages_but_never_the_whole_prompt():
     with pool.open() as kv:
         assert kv.reuse([99, *range(1, 9)]) == 0
     assert used(pool) == 0
+
+
+def test_tokens_that_see_each_other_are_reused_together_or_not_at_all():
+    pool = pool_of(32)
+    with pool.open() as kv:
+        write(kv, range(14))
+    content = [*range(8), 90, 91, 92, 93]
+    with pool.open() as kv:
+        assert kv.reuse(content, [(6, 10)]) == 6
+        assert read(kv) == values(range(6))
+    with pool.open() as kv:
+        assert kv.reuse(content, [(2, 8)]) == 8
+    with pool.open() as kv:
+        assert kv.reuse(content, [(0, 10)]) == 0
+        assert kv.cached_tokens == 0
+    assert used(pool) == 0
+
+
+def test_a_sealed_end_is_found_by_others_and_stays_as_it_was():
+    pool = pool_of(32)
+    kv = pool.open()
+    write(kv, range(10))
+    kv.seal()
+    kv.seal()
+    write(kv, [70, 71, 72])
+    kv.close()
+    for tail in (80, 81):  # the first to come must not spoil it for the second
+        content = [*range(10), tail, tail, tail]
+        with pool.open() as other:
+            assert other.reuse(content, [(2, 10)]) == 10
+            write(other, [tail] * 3)
+            assert read(other) == values(content)
+    with pool.open() as other:
+        assert other.reuse([*range(9), 99, 99], [(2, 10)]) == 2
+    assert used(pool) == 0
+
+
+def test_sealing_needs_a_page_and_content_that_is_known():
+    pool = pool_of(3)
+    with pool.open() as kv:
+        write(kv, range(10))
+        kv.seal()
+        assert pool.table.available == 0
+    pool = pool_of(8)
+    with pool.open() as kv:
+        kv.reserve(5, set())
+        kv.wrote(5)
+        kv.seal()
+        assert pool.table.available == 6
 
 
 def test_a_page_is_found_only_after_the_same_beginning():
@@ -385,6 +436,16 @@ class Sequences(RuleBasedStateMachine):
         kv.truncate(0)
         prompt = [0, 0, 0, 0, 1, 1, 1, 1, 0]
         self.model[kv] = prompt[: kv.reuse(prompt)]
+
+    @rule(kv=caches)
+    def begin_anew_with_an_image(self, kv):
+        kv.truncate(0)
+        prompt = [0, 0, 0, 0, 1, 1, 1, 0, 0]
+        self.model[kv] = prompt[: kv.reuse(prompt, [(1, 3), (3, 7)])]
+
+    @rule(kv=caches)
+    def seal(self, kv):
+        kv.seal()
 
     @rule(kv=consumes(caches))
     def close(self, kv):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lm import CONFIG, GREEDY, NETWORK, alone, decode, language_model, network
+from tiny_lm import CONFIG, GREEDY, NETWORK, alone, decode, language_model, network, prompt_of
 from walks import Gate, Outcome, outcomes, results, settle
 
 from mstar.engine.layers.rotary import rotate
@@ -29,10 +29,6 @@ def inference():
     with torch.inference_mode():
         yield
     torch.set_num_threads(threads)
-
-
-def prompt_of(length, seed=0):
-    return np.random.default_rng(seed).integers(CONFIG.vocab_size, size=length).tolist()
 
 
 def dense(model, ids, params):
@@ -323,7 +319,8 @@ class Full:
     def __init__(self, mask):
         self.mask = mask
 
-    def attend(self, layer, qkv, angles, heads, kv_heads):
+    def attend(self, layer, parts, angles, heads, kv_heads):
+        ((qkv, _),) = parts
         q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split(
             [heads, kv_heads, kv_heads], 1
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from walks import results
@@ -39,6 +40,11 @@ def network(config: LlamaConfig = CONFIG, seed: int = 0) -> Llama:
 
 
 NETWORK = network()
+
+
+def prompt_of(length, seed=0):
+    """Random token ids."""
+    return np.random.default_rng(seed).integers(CONFIG.vocab_size, size=length).tolist()
 
 
 def language_model(pages=256, page_size=4, prefix_cache=True, model=NETWORK, **options):

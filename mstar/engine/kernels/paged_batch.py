@@ -49,6 +49,8 @@ class PagedBatch:
         causal: per sequence. True: query i of n sees keys ``0 .. kv_len - n + i``; False: it sees
             all ``kv_len`` keys (full attention inside the new span).
         page_size: slots per page.
+        ends: per sequence, where in its keys the new tokens end; at ``kv_len`` if left out. A span
+            that is given in several pieces names the same table and ``kv_len`` for each.
 
     Raises:
         ValueError: the lists disagree, or a table or ``kv_len`` is too short.
@@ -61,6 +63,7 @@ class PagedBatch:
         tables: Sequence[Sequence[int]],
         causal: Sequence[bool],
         page_size: int,
+        ends: Sequence[int] | None = None,
     ) -> None:
         if not len(query_lens) == len(kv_lens) == len(tables) == len(causal):
             raise ValueError(
@@ -69,6 +72,7 @@ class PagedBatch:
             )
         self.query_lens = list(query_lens)
         self.kv_lens = list(kv_lens)
+        self.ends = self.kv_lens if ends is None else list(ends)
         self.tables = tables
         self.causal = list(causal)
         self.page_size = page_size
@@ -87,15 +91,18 @@ class PagedBatch:
 
     def _add(self, index: int) -> None:
         """Plan sequence ``index``: where its keys are and which slots its new tokens take."""
-        n, kv_len, table, size = (
+        n, kv_len, end, table, size = (
             self.query_lens[index],
             self.kv_lens[index],
+            self.ends[index],
             self.tables[index],
             self.page_size,
         )
         pages = -(-kv_len // size)
-        if not 0 <= n <= kv_len:
+        if not 0 <= n <= end <= kv_len:
             raise ValueError(f"sequence {index}: query_len {n} is not in 0 .. kv_len {kv_len}")
+        if end < kv_len and self.causal[index]:
+            raise ValueError(f"sequence {index}: causal, but its new tokens are not the last")
         if len(table) < pages:
             raise ValueError(
                 f"sequence {index}: kv_len {kv_len} needs {pages} pages of {size}, "
@@ -107,13 +114,12 @@ class PagedBatch:
         consecutive = pages == 1 or list(table[:pages]) == list(range(first, first + pages))
         if consecutive:
             start = first * size
-            self._slots.extend(range(start + kv_len - n, start + kv_len))
+            self._slots.extend(range(start + end - n, start + end))
         else:
             start = len(self._gathered_pages) * size
             self._gathered_pages.extend(table[:pages])
             self._slots.extend(
-                table[position // size] * size + position % size
-                for position in range(kv_len - n, kv_len)
+                table[position // size] * size + position % size for position in range(end - n, end)
             )
         causal = bool(self.causal[index]) and n > 1
         self.spans.append(

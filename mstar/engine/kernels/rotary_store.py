@@ -5,15 +5,28 @@ Takes the output of a fused query-key-value projection apart, rotates queries an
 and stores keys and values in their slots:
 
     rot(x) = x * [cos, cos] + [-x2, x1] * [sin, sin],   x = [x1, x2]
+
+Networks with QK-norm (Henry et al. 2020) norm every query and key head before that.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton, use_triton
 
-__all__ = ["rotary_store", "rotary_store_torch", "rotary_store_triton"]
+__all__ = ["HeadNorms", "rotary_store", "rotary_store_torch", "rotary_store_triton"]
+
+
+class HeadNorms(NamedTuple):
+    """Weights of the RMS norms of query and key heads, each ``[head_dim]``."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
 
 
 def rotary_store(
@@ -25,6 +38,8 @@ def rotary_store(
     slots: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    norms: HeadNorms | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Rotate queries and keys in float32, store keys and values, return the queries.
 
@@ -35,12 +50,14 @@ def rotary_store(
         slots: ``[T]`` int64, ``page * page_size + offset``; on CUDA, -1 stores nothing (the padding
             rows of a captured graph).
         num_heads, num_kv_heads: query heads, key and value heads.
+        norms: applied to each query and key head first, in float32.
+        out: contiguous ``[T, num_heads, head_dim]`` for the queries.
 
     Returns:
         Rotated queries ``[T, num_heads, head_dim]`` (on CPU a view whose tokens are further apart).
     """
     compute = rotary_store_triton if use_triton(qkv) else rotary_store_torch
-    return compute(qkv, cos, sin, k_pages, v_pages, slots, num_heads, num_kv_heads)
+    return compute(qkv, cos, sin, k_pages, v_pages, slots, num_heads, num_kv_heads, norms, out)
 
 
 def rotary_store_torch(
@@ -52,11 +69,18 @@ def rotary_store_torch(
     slots: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    norms: HeadNorms | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`rotary_store` in plain torch; queries and keys are neighbours and turn in one go."""
     tokens, dim = len(qkv), k_pages.shape[3]
     turning = num_heads + num_kv_heads
-    pairs = qkv[:, : turning * dim].view(tokens, turning, 2, dim // 2).float()
+    heads = qkv[:, : turning * dim].view(tokens, turning, dim).float()
+    if norms is not None:
+        heads = F.rms_norm(heads, (dim,), None, norms.eps)
+        heads[:, :num_heads] *= norms.query
+        heads[:, num_heads:] *= norms.key
+    pairs = heads.view(tokens, turning, 2, dim // 2)
     turned = pairs * cos.view(tokens, 1, 1, dim // 2)
     x1, x2 = pairs.unbind(2)
     y1, y2 = turned.unbind(2)
@@ -66,7 +90,8 @@ def rotary_store_torch(
     turned = turned.view(tokens, turning, dim).to(qkv.dtype)
     _store(k_pages, slots, turned[:, num_heads:])
     _store(v_pages, slots, qkv[:, turning * dim :].view(tokens, num_kv_heads, dim))
-    return turned[:, :num_heads]
+    queries = turned[:, :num_heads]
+    return queries if out is None else out.copy_(queries)
 
 
 def _store(pages: Tensor, slots: Tensor, rows: Tensor) -> None:
@@ -87,10 +112,14 @@ def rotary_store_triton(
     slots: Tensor,
     num_heads: int,
     num_kv_heads: int,
+    norms: HeadNorms | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`rotary_store` as one Triton kernel."""
     tokens, (_, page_size, _, dim) = len(qkv), k_pages.shape
-    out = qkv.new_empty(tokens, num_heads, dim)
+    if out is None:
+        out = qkv.new_empty(tokens, num_heads, dim)
+    query_norm, key_norm, eps = norms or (cos, cos, 0.0)
     block = next_power_of_2(dim // 2)
     block_heads = min(max(1, 1024 // block), next_power_of_2(num_heads + 2 * num_kv_heads))
     if tokens:
@@ -102,6 +131,9 @@ def rotary_store_triton(
             v_pages,
             slots,
             out,
+            query_norm,
+            key_norm,
+            eps,
             qkv.stride(0),
             cos.stride(0),
             sin.stride(0),
@@ -113,6 +145,7 @@ def rotary_store_triton(
             PAGE_SIZE=page_size,
             BLOCK_HEADS=block_heads,
             BLOCK=block,
+            NORMED=norms is not None,
             num_warps=4,
         )
     return out
@@ -127,6 +160,9 @@ def _rotary_store_kernel(
     v_pages,
     slots,  # [tokens], -1: store nothing
     out,  # [tokens, HEADS, 2 * HALF], contiguous
+    query_norm,  # [2 * HALF], read where NORMED
+    key_norm,
+    eps,
     qkv_stride,
     cos_stride,
     sin_stride,
@@ -142,6 +178,7 @@ def _rotary_store_kernel(
     PAGE_SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    NORMED: tl.constexpr,
 ):
     """One program: BLOCK_HEADS heads of one token, of whichever kind they are."""
     token = tl.program_id(0).to(tl.int64)
@@ -155,6 +192,16 @@ def _rotary_store_kernel(
     c = tl.load(cos + token * cos_stride + column, mask=inside, other=0.0)
     s = tl.load(sin + token * sin_stride + column, mask=inside, other=0.0)
     a, b = x1.to(tl.float32), x2.to(tl.float32)
+    if NORMED:
+        is_query_head = head < HEADS
+        q1 = tl.load(query_norm + column, mask=inside, other=0.0).to(tl.float32)
+        q2 = tl.load(query_norm + HALF + column, mask=inside, other=0.0).to(tl.float32)
+        k1 = tl.load(key_norm + column, mask=inside, other=0.0).to(tl.float32)
+        k2 = tl.load(key_norm + HALF + column, mask=inside, other=0.0).to(tl.float32)
+        mean_square = tl.sum(a * a + b * b, axis=1) / (2 * HALF)
+        scale = tl.rsqrt(mean_square + eps)[:, None]
+        a = a * scale * tl.where(is_query_head, q1, k1)
+        b = b * scale * tl.where(is_query_head, q2, k2)
     y1 = (a * c - b * s).to(x1.dtype)
     y2 = (b * c + a * s).to(x1.dtype)
 

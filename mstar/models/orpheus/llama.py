@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mstar.engine.kernels.gated import silu_mul
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.kvcache import KVLayout
-from mstar.engine.layers.attention import AttentionContext, CausalContext
+from mstar.engine.layers.attention import AttentionContext, CausalContext, Projected
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.weights import Source
@@ -218,7 +218,8 @@ class Llama(nn.Module):
                 keep.append(residual)
             attention, mlp = layer.self_attn, layer.mlp
             qkv = _apply(attention.qkv_proj, h)
-            h = context.attend(index, qkv, angles, attention.heads, attention.kv_heads)
+            parts = (Projected(qkv),)
+            h = context.attend(index, parts, angles, attention.heads, attention.kv_heads)
             h = _apply(attention.o_proj, h)
             h, residual = rms_norm(h, layer.post_attention_layernorm.weight, eps, residual)
             h = _apply(mlp.down_proj, silu_mul(_apply(mlp.gate_up_proj, h)))

@@ -51,6 +51,7 @@ def _decode(dtype: str, dim: int, block_n: int, splits: int) -> dict[str, Any]:
 def _plain(dtype: str, **more: Any) -> dict[str, Any]:
     """Arguments of the kernels that move rows: every tensor has the dtype unless named here."""
     names = ["x", "residual", "weight", "out", "total", "gate_up", "qkv", "k_pages", "v_pages"]
+    names += ["query_norm", "key_norm"]
     named = {"cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
     return {**dict.fromkeys(names, f"*{dtype}"), **named, "num_warps": 4, **more}
 
@@ -65,8 +66,9 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (rms_norm._rms_norm_kernel, "fp32", _plain("fp32", FUSED=False, **_NORM)),
     (gated._gated_kernel, "bf16 silu", _plain("bf16", SILU=True, BLOCK=1024)),
     (gated._gated_kernel, "bf16 gelu", _plain("bf16", SILU=False, BLOCK=1024)),
-    (rotary_store._rotary_store_kernel, "bf16", _plain("bf16", **_ROTARY)),
-    (rotary_store._rotary_store_kernel, "fp32", _plain("fp32", **_ROTARY)),
+    (rotary_store._rotary_store_kernel, "bf16", _plain("bf16", NORMED=False, **_ROTARY)),
+    (rotary_store._rotary_store_kernel, "fp32", _plain("fp32", NORMED=False, **_ROTARY)),
+    (rotary_store._rotary_store_kernel, "bf16 normed", _plain("bf16", NORMED=True, **_ROTARY)),
     (paged_extend._extend_kernel, "bf16", _attention("bf16", 128, 64, BLOCK_M=64)),
     (paged_extend._extend_kernel, "bf16 wide", _attention("bf16", 256, 32, BLOCK_M=64)),
     (paged_extend._extend_kernel, "fp32", _attention("fp32", 128, 32, BLOCK_M=64)),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mstar.engine.kernels.rotary_store import (
+    HeadNorms,
     rotary_store,
     rotary_store_torch,
     rotary_store_triton,
@@ -35,10 +36,23 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> t
     return tuple(x.to(device) for x in everything)
 
 
-def reference(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, dim: int):
+def reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    norms: HeadNorms | None = None,
+):
     """Rotated queries and keys in float64, and the values: ``[tokens, heads, dim]`` each."""
     x = qkv.double().view(len(qkv), heads + 2 * kv_heads, dim)
     q, k, v = x.split([heads, kv_heads, kv_heads], dim=1)
+    if norms is not None:
+        q, k = (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norms.eps) * weight.double()
+            for x, weight in ((q, norms.query), (k, norms.key))
+        )
 
     def rotate(x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, dim=-1)
@@ -48,14 +62,26 @@ def reference(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, 
     return rotate(q), rotate(k), v
 
 
-def check(function, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
-    _, heads, kv_heads, dim, _ = shape
+def check(
+    function,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    normed: bool = False,
+) -> None:
+    tokens, heads, kv_heads, dim, _ = shape
     qkv, cos, sin, k_pages, v_pages, slots = inputs(shape, dtype, device)
     before = qkv.clone()
-    q = function(qkv, cos, sin, k_pages, v_pages, slots, heads, kv_heads)
+    norms = out = None
+    if normed:
+        weights = torch.linspace(0.5, 1.5, 2 * dim).to(device, dtype)
+        norms = HeadNorms(weights[:dim], weights[dim:], 1e-2)
+        out = qkv.new_empty(tokens, heads, dim)
+    q = function(qkv, cos, sin, k_pages, v_pages, slots, heads, kv_heads, norms, out)
+    assert out is None or q is out
     assert q.dtype == dtype
     assert torch.equal(qkv, before)
-    expected_q, expected_k, expected_v = reference(qkv, cos, sin, heads, kv_heads, dim)
+    expected_q, expected_k, expected_v = reference(qkv, cos, sin, heads, kv_heads, dim, norms)
     tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(q.double(), expected_q, **tolerance)
     k, v = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
@@ -69,16 +95,18 @@ def check(function, shape: tuple[int, ...], dtype: torch.dtype, device: str = "c
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(rotary_store, shape, dtype)
+@pytest.mark.parametrize("normed", [False, True])
+def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, normed: bool) -> None:
+    check(rotary_store, shape, dtype, normed=normed)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
 def test_the_kernel_matches_float64(
-    shape: tuple[int, ...], dtype: torch.dtype, triton_device: str
+    shape: tuple[int, ...], dtype: torch.dtype, normed: bool, triton_device: str
 ) -> None:
-    check(rotary_store_triton, shape, dtype, triton_device)
+    check(rotary_store_triton, shape, dtype, triton_device, normed)
 
 
 @pytest.mark.parametrize("function", [rotary_store_torch, rotary_store_triton])
