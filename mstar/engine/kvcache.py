@@ -220,7 +220,8 @@ class KVCache:
     """The cached tokens of one sequence. A context manager: leaving it gives the pages back.
 
     `length` counts the tokens that are in the cache. `cached_tokens` of them were found in the
-    prefix cache when the sequence began.
+    prefix cache when the sequence began. `offset` is what the rotary position of the next token is
+    beyond `length`: walks set it where media take fewer positions than tokens.
     """
 
     def __init__(self, group: KVGroup) -> None:
@@ -229,6 +230,7 @@ class KVCache:
         self.pages: list[int] = []
         self.length = 0
         self.cached_tokens = 0
+        self.offset = 0
         self.closed = False
         self._content: list[int] = []  # of the first tokens, as far as it is known without a gap
         self._digests: list[bytes] = []  # of the first pages
@@ -258,6 +260,7 @@ class KVCache:
         if not self.group.is_out:
             self.pool.table.retain(other.pages)
         other.length = self.length
+        other.offset = self.offset
         other._content = list(self._content)
         other._digests = list(self._digests)
         return self.group.add(other)

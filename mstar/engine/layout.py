@@ -32,7 +32,7 @@ class Piece(NamedTuple):
         span, last = self.span, self.first + self.count
         if span.positions is not None:
             return span.positions[self.first : last]
-        begin = span.kv.length
+        begin = span.kv.length + span.kv.offset
         return range(begin + self.first, begin + last)
 
 

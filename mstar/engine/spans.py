@@ -26,7 +26,8 @@ class Span:
         kv: the sequence.
         inputs: token ids, embeddings `[count, hidden]`, or the step whose token is the input.
         count: number of tokens.
-        positions: rotary positions; those after the cached tokens if left out.
+        positions: rotary positions; those after the cached tokens, shifted by `kv.offset`, if left
+            out.
         causal: whether tokens of the span see only those before them.
         keep: whether the span's keys and values stay in the cache.
         sampler: choose a token after the span's last one.

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from typing import Any
 
 from mstar.engine.lm import Generation
+from mstar.engine.logprobs import TokenScores
+from mstar.engine.request import Request
+from mstar.engine.sampling import SamplingParams
 from mstar.io.text import TextStream
 
-__all__ = ["TextGeneration"]
+__all__ = ["TextGeneration", "described_scores", "sampling_params"]
+
+_PLAIN = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "min_tokens", "logprobs"),
+)
+
+
+def sampling_params(
+    values: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    max_tokens: int,
+    end_ids: Iterable[int],
+    seed: int,
+) -> SamplingParams:
+    """What the decoder needs of the validated values of a `sampling_table`.
+
+    Args:
+        end_ids: the model's own ends, unless `ignore_eos` is set.
+    """
+    ends = set(values[prefix + "stop_token_ids"] or ())
+    if not values[prefix + "ignore_eos"]:
+        ends.update(end_ids)
+    return SamplingParams(
+        **{name: values[prefix + name] for name in _PLAIN},
+        logit_bias=values[prefix + "logit_bias"] or {},
+        max_tokens=max_tokens,
+        stop_ids=frozenset(ends),
+        seed=seed,
+    )
 
 
 class TextGeneration:
@@ -28,7 +62,9 @@ class TextGeneration:
     ) -> None:
         self.finish_reason: str | None = None
         self._tokens = tokens
+        self._decode = decode
         self._text = TextStream(decode, stop)
+        self._told = 0
 
     async def __aiter__(self) -> AsyncIterator[str]:
         text = self._text
@@ -41,3 +77,38 @@ class TextGeneration:
         if not text.stopped and (piece := text.finish()):
             yield piece
         self.finish_reason = "stop" if text.stopped else self._tokens.finish_reason
+
+    async def emit(self, request: Request) -> str:
+        """Give every piece to the caller as it comes; returns the whole text.
+
+        With the parameter `logprobs`, the metadata of a piece tell of its tokens.
+        """
+        pieces = []
+        async for piece in self:
+            pieces.append(piece)
+            request.emit_text(piece, **self._news())
+        return "".join(pieces)
+
+    def _news(self) -> dict[str, Any]:
+        fresh = self._tokens.scores[self._told :]
+        self._told += len(fresh)
+        return {"logprobs": described_scores(fresh, self._decode)} if fresh else {}
+
+
+def described_scores(
+    scores: Iterable[TokenScores], decode: Callable[[Sequence[int]], str]
+) -> list[dict[str, Any]]:
+    """Scores of tokens as plain data, in the form in which OpenAI's clients read them.
+
+    `bytes` is `None` where a token is only part of a character.
+    """
+
+    def described(token: int, logprob: float) -> dict[str, Any]:
+        text = decode([token])
+        data = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": data}
+
+    return [
+        {**described(s.token, s.logprob), "top_logprobs": [described(*other) for other in s.top]}
+        for s in scores
+    ]

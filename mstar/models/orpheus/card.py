@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mstar.errors import InvalidRequest
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters, plain
+from mstar.models.sampling_table import is_list, logit_bias
 
 __all__ = ["CARD", "MOST_TOKENS", "VOICES"]
 
@@ -40,30 +40,15 @@ def token_id(value: Any) -> int:
 
 def stop_ids(value: Any) -> list[int]:
     """`stop` as a list of token ids: one token, or up to 16 of them."""
-    tokens = list(value) if _is_list(value) else [value]
+    tokens = list(value) if is_list(value) else [value]
     if len(tokens) > MAX_STOPS:
         raise ValueError(f"at most {MAX_STOPS} stop tokens, not {len(tokens)}")
     return [token_id(plain(token)) for token in tokens]
 
 
-def logit_bias(value: Any) -> dict[int, float]:
-    """`logit_bias` as token id -> number; ids may be strings, as they are in JSON."""
-    if not isinstance(value, Mapping):
-        raise ValueError("must be an object of token id -> number from -100 to 100")
-    biases: dict[int, float] = {}
-    for key, number in value.items():
-        token = token_id(int(key) if isinstance(key, str) and key.isdecimal() else plain(key))
-        bias = plain(number)
-        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
-            raise ValueError(f"the bias of {key!r} must be a number from -100 to 100, not {bias!r}")
-        if token in biases:
-            raise ValueError(f"token {token} is given twice")
-        biases[token] = float(bias)
-    return biases
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+def biases(value: Any) -> dict[int, float]:
+    """`logit_bias` as token id -> number."""
+    return logit_bias(value, token_id)
 
 
 def _together(values: dict[str, Any]) -> None:
@@ -185,7 +170,7 @@ PARAMETERS = Parameters(
         Parameter("ignore_eos", bool, False, help="go on after the end of speech (for benchmarks)"),
         Parameter(
             "logit_bias",
-            logit_bias,
+            biases,
             nullable=True,
             accepts="an object of token id -> number from -100 to 100",
             help="added to the logits of single tokens",
