@@ -329,6 +329,7 @@ class Engine(GenerateMethods):
             timeout=_seconds(timeout),
             sample_rate=self.model.sample_rate,
         )
+        handle.usage = request.usage
         handle.cancel_request = lambda: self._service.cancel(request)
         return request
 

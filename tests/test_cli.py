@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 import mstar
 from mstar import cli
-from mstar.errors import RequestFailed, RequestTimeout
+from mstar.commands import generate, terminal
+from mstar.errors import InvalidRequest, RequestFailed, RequestTimeout
 from mstar.models import registry
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters
@@ -324,7 +325,7 @@ def test_what_cannot_be_is_refused_before_the_model_is_loaded(engine, folder, ar
 
 
 def test_audio_is_not_thrown_at_a_terminal(engine, monkeypatch):
-    monkeypatch.setattr(cli, "_is_tty", lambda stream: True)
+    monkeypatch.setattr(terminal, "is_tty", lambda stream: True)
     assert refused(run("generate", "toy", "x", "-m", "audio", "-o", "-"), "terminal")
 
 
@@ -357,12 +358,12 @@ def test_a_failure_is_one_line_and_leaves_no_file(engine, folder, error, code):
 
 def test_a_closed_stdin_or_stdout_is_one_line(engine, folder, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "sys", types.SimpleNamespace(stdin=None, stdout=sys.stdout))
-        with pytest.raises(cli.InvalidRequest, match="nothing to work on"):
-            cli._inputs(TOY, None, [])
-        patch.setattr(cli, "sys", types.SimpleNamespace(stdin=None, stdout=None))
+        patch.setattr(generate, "sys", types.SimpleNamespace(stdin=None, stdout=sys.stdout))
+        with pytest.raises(InvalidRequest, match="nothing to work on"):
+            generate._inputs(TOY, None, [])
+        patch.setattr(terminal, "sys", types.SimpleNamespace(stdin=None, stdout=None))
         with pytest.raises(OSError, match="standard output is closed"):
-            cli._print("x")
+            terminal.write("x")
 
 
 def test_an_error_of_the_system_names_the_file(engine):
@@ -473,7 +474,15 @@ def test_the_version():
 
 
 @pytest.mark.parametrize(
-    "args", [["--version"], ["--help"], ["generate", "--help"], ["models"], ["models", "orpheus"]]
+    "args",
+    [
+        ["--version"],
+        ["--help"],
+        ["generate", "--help"],
+        ["bench", "--help"],
+        ["models"],
+        ["models", "orpheus"],
+    ],
 )
 def test_what_runs_no_model_needs_neither_torch_nor_transformers(args):
     code = (

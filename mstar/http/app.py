@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -33,6 +35,12 @@ def create_app(
     request_timeout: float | None = 600.0,
     body_timeout: float = 60.0,
     cors_origins: Sequence[str] = (),
+    allow_remote_media: bool = False,
+    media_dir: str | PathLike | None = None,
+    max_pixels: int = 2**26,
+    max_audio_seconds: float = 600.0,
+    max_video_seconds: float = 600.0,
+    max_video_frames: int = 36_000,
 ) -> FastAPI:
     """An app with the native route, the OpenAI-compatible routes and the probes.
 
@@ -46,9 +54,26 @@ def create_app(
         request_timeout: seconds that any request may take; `None` for no limit.
         body_timeout: seconds within which a client must have sent the body.
         cors_origins: origins whose pages may call the server.
+        allow_remote_media: fetch media that requests name by http and https URLs, from public
+            addresses only.
+        media_dir: a folder whose files requests may name as media.
+        max_pixels: most pixels of an image, or of a frame of a video.
+        max_audio_seconds: longest sound that is taken.
+        max_video_seconds, max_video_frames: longest video that is taken.
+
+    Raises:
+        InvalidRequest: a limit that nothing can keep, or a folder that is not there.
     """
-    if not max_body_mb > 0:
-        raise InvalidRequest("max_body_mb", max_body_mb, "must be above 0")
+    _check_above_0(
+        max_body_mb=max_body_mb,
+        body_timeout=body_timeout,
+        max_pixels=max_pixels,
+        max_audio_seconds=max_audio_seconds,
+        max_video_seconds=max_video_seconds,
+        max_video_frames=max_video_frames,
+    )
+    if media_dir is not None and not Path(media_dir).is_dir():
+        raise InvalidRequest("media_dir", str(media_dir), "is no folder")
     settings = Settings(
         names=tuple(dict.fromkeys([*served_model_name, engine.card.name])),
         api_key=api_key or None,
@@ -56,6 +81,12 @@ def create_app(
         body_timeout=body_timeout,
         request_timeout=request_timeout,
         cors_origins=tuple(cors_origins),
+        allow_remote_media=allow_remote_media,
+        media_dir=Path(media_dir).resolve() if media_dir is not None else None,
+        max_pixels=max_pixels,
+        max_audio_seconds=max_audio_seconds,
+        max_video_seconds=max_video_seconds,
+        max_video_frames=max_video_frames,
     )
     front = Front(engine, settings)
     app = FastAPI(title="mstar", version=mstar.__version__, redoc_url=None)
@@ -77,6 +108,12 @@ def create_app(
         )
     app.add_middleware(Recorder, front=front)
     return app
+
+
+def _check_above_0(**limits: float) -> None:
+    for name, value in limits.items():
+        if not value > 0:
+            raise InvalidRequest(name, value, "must be above 0")
 
 
 async def _answer(request: Request, error: Exception) -> Response:

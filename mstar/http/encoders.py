@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mstar.errors import InvalidRequest
 from mstar.io.audio import open_wav_header
+from mstar.types import AudioBuffer
 
-__all__ = ["FORMATS", "check_encoder", "open_encoder"]
+__all__ = ["FORMATS", "PCM_RATE", "Encoder", "check_encoder", "encode_whole", "open_encoder"]
+
+PCM_RATE = 24_000  # Hz; samples without a header cannot say it, so it is always this
 
 # Name on the wire -> content type.
 FORMATS = {
@@ -30,31 +33,63 @@ _CODED: dict[str, tuple[str, str, str, dict[str, str]]] = {
 _BIT_RATE = {"mp3": 128_000, "opus": 64_000, "aac": 128_000}
 
 
-def check_encoder(format: str) -> None:
+class Encoder(Protocol):
+    """Takes mono int16 samples piece by piece and gives the bytes of a file."""
+
+    weight: int  # work per sample, in bytes that could be copied instead
+
+    def push(self, pcm: np.ndarray) -> bytes:
+        """The bytes that are certain once samples `[n]` are added; maybe none."""
+
+    def finish(self) -> bytes:
+        """What is left, and the end of the file."""
+
+
+def check_encoder(
+    format: str, sample_rate: int | None = None, *, field: str = "response_format"
+) -> None:
     """Make sure that this machine can encode it.
+
+    Args:
+        format: one of `FORMATS`.
+        sample_rate: of the sound, in Hz.
+        field: to name in errors.
 
     Raises:
         InvalidRequest: it cannot; another format is never sent instead.
     """
-    if format not in _CODED:
+    resampled = format == "pcm" and sample_rate not in (None, PCM_RATE)
+    if format not in _CODED and not resampled:
         return
     try:
         import av
 
-        av.codec.Codec(_CODED[format][1], "w")
+        if not resampled:
+            av.codec.Codec(_CODED[format][1], "w")
     except ImportError:
-        allowed = "needs PyAV on the server (pip install 'mstar[server]'); wav and pcm do not"
-        raise InvalidRequest("response_format", format, allowed) from None
+        others = "wav does not" if resampled else "wav and pcm do not"
+        allowed = f"needs PyAV on the server (pip install 'mstar[server]'); {others}"
+        raise InvalidRequest(field, format, allowed) from None
     except ValueError:  # av.codec.codec.UnknownCodecError
         allowed = "is not in the server's build of FFmpeg; wav and pcm work"
-        raise InvalidRequest("response_format", format, allowed) from None
+        raise InvalidRequest(field, format, allowed) from None
 
 
-def open_encoder(format: str, sample_rate: int) -> Plain | Coded:
-    """An encoder of mono int16 samples."""
+def open_encoder(format: str, sample_rate: int) -> Encoder:
+    """An encoder of mono int16 samples at `sample_rate` Hz."""
     if format in _CODED:
         return Coded(format, sample_rate)
-    return Plain(open_wav_header(sample_rate) if format == "wav" else b"")
+    if format == "wav":
+        return Plain(open_wav_header(sample_rate))
+    return Plain() if sample_rate == PCM_RATE else Resampled(sample_rate)
+
+
+def encode_whole(format: str, pcm: np.ndarray, sample_rate: int) -> bytes:
+    """A file with all samples `[n]`; a WAV says how long it is."""
+    if format == "wav":
+        return AudioBuffer(pcm, sample_rate).to_wav()
+    encoder = open_encoder(format, sample_rate)
+    return encoder.push(pcm) + encoder.finish()
 
 
 class Plain:
@@ -62,7 +97,7 @@ class Plain:
 
     weight = 2  # work per sample, in bytes that could be copied instead
 
-    def __init__(self, header: bytes) -> None:
+    def __init__(self, header: bytes = b"") -> None:
         self._header = header
 
     def push(self, pcm: np.ndarray) -> bytes:
@@ -73,6 +108,32 @@ class Plain:
     def finish(self) -> bytes:
         """What is left."""
         return b""
+
+
+class Resampled:
+    """Samples at `PCM_RATE`, of samples at another rate. The filter looks a little ahead, so what
+    comes out lags behind what went in until `finish`."""
+
+    weight = 16
+
+    def __init__(self, sample_rate: int) -> None:
+        import av
+
+        self._av: Any = av
+        self._rate, self._samples = sample_rate, 0
+        self._filter = av.AudioResampler(format="s16", layout="mono", rate=PCM_RATE)
+
+    def push(self, pcm: np.ndarray) -> bytes:
+        """See `Encoder.push`."""
+        if not len(pcm):
+            return b""
+        frame = _frame(self._av, pcm, self._rate, self._samples)
+        self._samples += frame.samples
+        return _bytes_of(self._filter.resample(frame))
+
+    def finish(self) -> bytes:
+        """See `Encoder.finish`."""
+        return _bytes_of(self._filter.resample(None)) if self._samples else b""
 
 
 class Coded:
@@ -97,11 +158,8 @@ class Coded:
 
     def push(self, pcm: np.ndarray) -> bytes:
         """The bytes that are certain once samples `[n]` are added; maybe none."""
-        samples = np.ascontiguousarray(pcm, dtype=np.int16).reshape(1, -1)
-        frame = self._av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-        frame.sample_rate = self._rate
-        frame.pts = self._samples
-        self._samples += samples.shape[1]
+        frame = _frame(self._av, pcm, self._rate, self._samples)
+        self._samples += frame.samples
         for ready in self._frames.resample(frame):
             self._file.mux(self._stream.encode(ready))
         return self._out.take()
@@ -113,6 +171,19 @@ class Coded:
         self._file.mux(self._stream.encode(None))
         self._file.close()
         return self._out.take()
+
+
+def _frame(av: Any, pcm: np.ndarray, rate: int, start: int) -> Any:
+    """Samples `[n]` as FFmpeg takes them, `start` samples after the first ones."""
+    samples = np.ascontiguousarray(pcm, dtype=np.int16).reshape(1, -1)
+    frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+    frame.sample_rate = rate
+    frame.pts = start
+    return frame
+
+
+def _bytes_of(frames: list[Any]) -> bytes:
+    return b"".join(frame.to_ndarray().astype("<i2").tobytes() for frame in frames)
 
 
 class _Out:

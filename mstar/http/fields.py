@@ -9,6 +9,7 @@ from typing import Any
 from mstar.errors import InvalidRequest, nearest
 from mstar.http.body import Part, whole_json
 from mstar.http.errors import Refused
+from mstar.http.limits import check_media
 from mstar.http.messages import read_messages
 from mstar.http.settings import Settings
 from mstar.io.sniff import kind_of
@@ -54,14 +55,14 @@ class Ask:
 
 
 def ask_of(card: ModelCard, settings: Settings, parts: Sequence[Part]) -> Ask:
-    """Read the parts of a form.
+    """Read the parts of a form. Media in `messages` are still to be brought: see there.
 
     Raises:
         Refused, InvalidRequest: a field is not what it must be.
     """
     values = _single_values(parts)
     given = [part for part in parts if part.name in ("text", "files") and _is_there(part)]
-    arguments = _model_kwargs(card, values.get("model_kwargs", ""))
+    arguments = _model_kwargs(card, settings, values.get("model_kwargs", ""))
     if not given and "messages" not in arguments:
         raise InvalidRequest("text", None, "there is neither text nor a file")
     order, texts = [], []
@@ -71,6 +72,7 @@ def ask_of(card: ModelCard, settings: Settings, parts: Sequence[Part]) -> Ask:
             order.append("text")
         else:
             kind = _kind(part)
+            check_media(settings, kind, part.data, "files")
             arguments.setdefault(_MEDIA[kind], []).append(part.data)
             order.append(kind)
     if len(texts) > 1:
@@ -129,7 +131,7 @@ def _single_values(parts: Sequence[Part]) -> dict[str, str]:
         if part.name in ("text", "files"):
             continue
         if part.name in values:
-            raise InvalidRequest(part.name, "twice", "must be given once")
+            raise Refused(400, f"{part.name}='twice': must be given once", param=part.name)
         values[part.name] = part.text()
     return values
 
@@ -149,7 +151,7 @@ def _kind(part: Part) -> str:
     return kind
 
 
-def _model_kwargs(card: ModelCard, text: str) -> dict[str, Any]:
+def _model_kwargs(card: ModelCard, settings: Settings, text: str) -> dict[str, Any]:
     kwargs = whole_json(text, "model_kwargs") if text.strip() else {}
     for name in _RESERVED:
         if name in kwargs:
@@ -158,7 +160,8 @@ def _model_kwargs(card: ModelCard, text: str) -> dict[str, Any]:
     unknown = {k: v for k, v in kwargs.items() if k not in card.parameters and k not in _BESIDE}
     card.parameters.validate(unknown)
     if kwargs.get("messages") is not None:
-        kwargs["messages"] = read_messages(card, kwargs["messages"])
+        longest = settings.max_text_chars
+        kwargs["messages"] = read_messages(card, kwargs["messages"], longest=longest)
     if "timeout" in kwargs:
         kwargs["timeout"] = seconds_of("timeout", kwargs["timeout"])
     return kwargs

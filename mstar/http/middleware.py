@@ -7,19 +7,23 @@ import logging
 import time
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import mstar
 from mstar.http.errors import Refused, error_response
 from mstar.http.front import Front
+from mstar.http.media import new_allowance
 from mstar.http.record import Record
 
-__all__ = ["Aborted", "Doorkeeper", "Recorder", "is_openai"]
+__all__ = ["IMAGE_FILES", "Aborted", "Doorkeeper", "Recorder", "is_openai"]
 
 log = logging.getLogger("mstar.http")
 # Tells clients that the last line of a stream always says how it ended.
 _VERSION = (b"x-mstar-version", mstar.__version__.encode())
 _OPEN = ("/health", "/ready", "/version", "/metrics")
+# Files whose names are secrets: browsers send no key.
+IMAGE_FILES = "/v1/images/files/"
 
 
 class Aborted(Exception):
@@ -37,6 +41,7 @@ class Recorder:
             await self.app(scope, receive, send)
             return
         record = Record(scope)
+        new_allowance(self.front.settings)
         status = 0
 
         async def send_on(message: Message) -> None:
@@ -52,7 +57,7 @@ class Recorder:
             await self.app(scope, receive, send_on)
         except Aborted as error:
             record.note(aborted=str(error))
-        except OSError:  # the client has gone in the middle of it
+        except (OSError, ClientDisconnect):  # the client has gone in the middle of it
             record.note(aborted="the client has disconnected")
         except Exception as error:
             log.exception("request %s failed", record.request_id)
@@ -75,7 +80,7 @@ class Doorkeeper:
         self.app, self._expected = app, f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and route_path(scope) not in _OPEN:
+        if scope["type"] == "http" and not _is_open(scope):
             given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
             if not hmac.compare_digest(given, self._expected):
                 what = "wrong API key" if given else "an API key is needed"
@@ -83,6 +88,11 @@ class Doorkeeper:
                 await error_response(refused, openai=is_openai(scope))(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def _is_open(scope: Any) -> bool:
+    path = route_path(scope)
+    return path in _OPEN or (path.startswith(IMAGE_FILES) and scope["method"] in ("GET", "HEAD"))
 
 
 def route_path(scope: Any) -> str:

@@ -11,6 +11,7 @@ from mstar.http.body import read_form
 from mstar.http.errors import refusal
 from mstar.http.fields import Ask, ask_of, seconds_of
 from mstar.http.front import Front, off_loop
+from mstar.http.messages import with_media
 from mstar.http.record import record_of
 from mstar.http.running import running
 from mstar.http.stream import streamed
@@ -20,6 +21,7 @@ from mstar.types import Event, fold
 __all__ = ["native_routes"]
 
 NDJSON = "application/x-ndjson"
+_LARGE = 1 << 30  # work that is never done on the event loop
 _STRING = {"type": "string"}
 _SCHEMA = {
     "type": "object",
@@ -46,8 +48,10 @@ def native_routes(front: Front) -> APIRouter:
         """Run one request; stream its events as NDJSON, or answer with one JSON document."""
         front.check_open()
         parts = await read_form(front, request)
-        size = sum(len(part.data) for part in parts)
+        size = sum(_LARGE if part.name == "files" else len(part.data) for part in parts)
         ask = await off_loop(ask_of, front.card, front.settings, parts, size=size)
+        if ask.arguments.get("messages") is not None:
+            ask.arguments["messages"] = await with_media(front, ask.arguments["messages"])
         header = seconds_of("x-request-timeout", request.headers.get("x-request-timeout"))
         asked = ask.arguments.pop("timeout", None)
         ask.arguments["timeout"] = front.timeout(header if asked is None else asked)

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -17,13 +18,15 @@ import uvicorn
 
 from mstar.errors import InvalidRequest
 from mstar.http.app import create_app
+from mstar.http.connections import guarded
 from mstar.http.front import Front
 
-__all__ = ["Listening", "bind", "serve", "serve_engine"]
+__all__ = ["Listening", "bind", "config_of", "serve", "serve_engine"]
 
 log = logging.getLogger("mstar.http")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _AWAKE = 0.1  # seconds between two looks at whether the last request has ended
+_OTHER_FILES = 128  # of the process that are not connections
 _CUT = 5  # seconds that connections have to end after their requests were cancelled
 
 
@@ -36,6 +39,8 @@ class Listening:
         log_level: `debug`, `info`, `warning` or `error`.
         drain_timeout: seconds that running requests have after SIGTERM.
         stats_interval: seconds between two lines of figures in the log; 0 for none.
+        header_timeout: seconds within which a client must have sent the headers of a request.
+        max_connections: connections at a time; beyond that the longest idle one makes room.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +48,8 @@ class Listening:
     log_level: str = "info"
     drain_timeout: float = 30.0
     stats_interval: float = 0.0
+    header_timeout: float = 10.0
+    max_connections: int = 2048
 
 
 def serve(
@@ -61,11 +68,16 @@ def serve(
         app_options: keywords of `create_app`.
 
     Raises:
-        MStarError: the model cannot be loaded. OSError: the address cannot be had.
+        MStarError: an option is wrong, or the model cannot be loaded.
+        OSError: the address cannot be had.
     """
     if listening.log_level not in LOG_LEVELS:
         allowed = f"must be one of {', '.join(LOG_LEVELS)}"
         raise InvalidRequest("--log-level", listening.log_level, allowed)
+    for option in ("header-timeout", "max-connections"):
+        value = getattr(listening, option.replace("-", "_"))
+        if not value > 0:
+            raise InvalidRequest(f"--{option}", value, "must be above 0")
     _log_to_stderr(listening.log_level)
     bind(listening.host, listening.port).close()  # say now, not after minutes of loading
     from mstar.local import Engine  # this is where torch comes in
@@ -78,16 +90,24 @@ def serve(
 
 def serve_engine(app: Any, listening: Listening) -> None:
     """Serve an app of `create_app`; the engine is left as it is."""
-    config = uvicorn.Config(
+    config = config_of(app, listening)
+    with contextlib.closing(bind(listening.host, listening.port)) as listener:
+        asyncio.run(_Server(config, app.state.front, listening).run(listener))
+        log.info("ended")
+
+
+def config_of(app: Any, listening: Listening) -> uvicorn.Config:
+    """How uvicorn is to serve an app of `create_app`."""
+    stall_timeout = app.state.front.settings.body_timeout
+    most = min(listening.max_connections, _most_files() - _OTHER_FILES)
+    return uvicorn.Config(
         app,
+        http=guarded(listening.header_timeout, stall_timeout, max(most, 1)),
         log_config=None,
         access_log=False,  # the app logs one line per request itself
         timeout_graceful_shutdown=_CUT,
         server_header=False,
     )
-    with contextlib.closing(bind(listening.host, listening.port)) as listener:
-        asyncio.run(_Server(config, app.state.front, listening).run(listener))
-        log.info("ended")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -171,10 +191,22 @@ class _Server(uvicorn.Server):
             log.info("stats %s", json.dumps(shown))
 
 
+def _most_files() -> int:
+    """How many files and sockets this process may have open."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # there is no such limit on Windows
+        return sys.maxsize
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
+
+
 def _log_to_stderr(level: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s", level="WARNING"
     )
+    # Pillow warns of broken files, in words of their own for each; Python would keep them all.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("mstar").setLevel(level.upper())
     logging.getLogger("uvicorn").setLevel("WARNING")
     logging.getLogger("python_multipart").setLevel("ERROR")  # clients are told what is wrong

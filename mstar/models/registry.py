@@ -23,6 +23,7 @@ from mstar.models.card import ModelCard
 __all__ = ["Target", "cards", "find", "get", "identify", "names"]
 
 _BUILTIN = {
+    "bagel": "mstar.models.bagel.card:CARD",
     "orpheus": "mstar.models.orpheus.card:CARD",
 }
 _GROUP = "mstar.models"

@@ -46,7 +46,9 @@ def sampling_params(
 
 
 class TextGeneration:
-    """Pieces of text of a `Generation`. `finish_reason` says why it ended, once it has.
+    """Pieces of text of a `Generation`; `ids` are its tokens so far.
+
+    `finish_reason` says why it ended, once it has.
 
     Args:
         tokens: from `LanguageModel.generate`.
@@ -61,6 +63,7 @@ class TextGeneration:
         stop: str | Sequence[str] = (),
     ) -> None:
         self.finish_reason: str | None = None
+        self.ids: list[int] = []
         self._tokens = tokens
         self._decode = decode
         self._text = TextStream(decode, stop)
@@ -70,6 +73,7 @@ class TextGeneration:
         text = self._text
         async with aclosing(aiter(self._tokens)) as tokens:
             async for token in tokens:
+                self.ids.append(token)
                 if piece := text.push(token):
                     yield piece
                 if text.stopped:

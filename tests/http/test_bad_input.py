@@ -125,7 +125,7 @@ PARTS = [
 # Files, status, part of the message.
 FILES = [
     (("a.png", b""), 400, "the file is empty"),
-    (("a.png", b"\x01\x02\x03\xff" * 10), 200, ""),
+    (("a.png", b"\x01\x02\x03\xff" * 10), 400, "files='image': is no image"),
     (("a.xyz", b"\x01\x02\x03\xff" * 10), 400, "its kind cannot be told"),
     (("noname", b"\x01\x02\x03\xff" * 10), 400, "its kind cannot be told"),
     (("a.wav", PNG), 400, "is named .wav (audio) but holds image"),
@@ -212,10 +212,14 @@ SPEECH = [
     (speech(response_format=[]), 400, "response_format", "must be one of"),
     (speech(stream_format="websocket"), 400, "stream_format", "audio or sse"),
     (speech(stream_format={}), 400, "stream_format", "audio or sse"),
-    (speech(speed=1.5), 400, "speed", "every speaks at speed 1 only"),
-    (speech(speed=0), 400, "speed", "speed 1 only"),
-    (speech(speed="1"), 400, "speed", "speed 1 only"),
-    (speech(speed=True), 400, "speed", "speed 1 only"),
+    (speech(speed=0), 400, "speed", "must be a number from 0.25 to 4"),
+    (speech(speed=0.24), 400, "speed", "from 0.25 to 4"),
+    (speech(speed=4.01), 400, "speed", "from 0.25 to 4"),
+    (speech(speed=-1), 400, "speed", "from 0.25 to 4"),
+    (speech(speed=10**400), 400, "speed", "from 0.25 to 4"),
+    (speech(speed="1"), 400, "speed", "must be a number"),
+    (speech(speed=True), 400, "speed", "must be a number"),
+    (speech(speed=[1]), 400, "speed", "must be a number"),
     (speech(instructions="whisper"), 400, "instructions", "takes no instructions"),
     (speech(instructions=3), 400, "instructions", "must be a string"),
     (speech(extra_body=3), 400, "extra_body", "must be an object"),
@@ -241,10 +245,9 @@ PATHS = [
     ("DELETE", "/v1/models/every", 405, "Method Not Allowed"),
     ("GET", "/v1/models/..%2f..%2fetc", 404, "not served here"),
     ("GET", "/v1/models/%00", 404, "not served here"),
-    ("POST", "/v1/embeddings", 404, "use POST /v1/audio/speech or POST /generate"),
-    ("POST", "/v1/chat/completions", 404, "use POST"),
-    ("POST", "/v1/images/generations", 404, "use POST"),
-    ("POST", "/v1/images/edits", 404, "use POST"),
+    ("POST", "/v1/embeddings", 404, "use POST /v1/audio/speech or POST /v1"),
+    ("POST", "/v1/completions", 404, "use POST"),
+    ("POST", "/v1/images/variations", 404, "use POST"),
 ]
 
 

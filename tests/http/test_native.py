@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import requests
 
-from tests.every_modality import PNG
+from mstar.types import AudioBuffer
+from tests.every_modality import PNG, picture
 from tests.http.conftest import Site, every_site
 
 
@@ -111,25 +112,27 @@ def seen(site, monkeypatch):
 
 
 def test_files_and_text_keep_their_order(site, seen):
-    wav = b"RIFF\0\0\0\0WAVEfmt "
+    one, two = picture(1, 1, 1), picture(2, 2, 2)
+    wav = AudioBuffer(np.zeros(10, np.int16), 24000).to_wav()
     files = [
-        ("files", ("../../etc/a.png", PNG + b"1")),
+        ("files", ("../../etc/a.png", one)),
         ("files", ("noname", wav)),
         ("text", (None, "and")),
-        ("files", ("b.png", PNG + b"2")),
+        ("files", ("b.png", two)),
     ]
     assert site.post(files=files).status_code == 200
-    assert seen[0].images == (PNG + b"1", PNG + b"2")
+    assert seen[0].images == (one, two)
     assert seen[0].audio == (wav,)
     assert seen[0].input_modalities == ("image", "audio", "text", "image")
 
 
 def test_messages_bring_their_media_as_bytes(site, seen):
-    url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    png = picture(1, 1, 1)
+    url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     part = {"type": "image_url", "image_url": {"url": url}}
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "what?"}]}]
     assert site.post(data={"model_kwargs": kwargs(messages=messages)}).status_code == 200
-    assert seen[0].messages[0]["content"][0] == {"type": "image", "image": PNG}
+    assert seen[0].messages[0]["content"][0] == {"type": "image", "image": png}
 
 
 def test_model_kwargs_may_be_longer_than_usual_limits_of_forms(site):

@@ -14,6 +14,7 @@ from mstar.models.orpheus.card import CARD
 from mstar.models.parameters import Parameters
 
 TINY = CARD.tiny
+BUILT_IN = list(registry._BUILTIN)
 ORPHEUS_CONFIG = {"model_type": "llama", "vocab_size": 156940}
 
 TOY = ModelCard(
@@ -84,9 +85,9 @@ def test_tiny_stands_for_the_folders_inside_the_package():
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_known():
-    with pytest.raises(ModelNotFound, match=r"did you mean 'orpheus-tiny'.*known names: orpheus"):
+    with pytest.raises(ModelNotFound, match=r"did you mean 'orpheus-tiny'.*known names: .*orpheus"):
         registry.find("orpheus-tinny")
-    with pytest.raises(ModelNotFound, match="known: orpheus"):
+    with pytest.raises(ModelNotFound, match="known: .*orpheus"):
         registry.get("nothing")
     with pytest.raises(ModelNotFound):
         registry.find("")
@@ -201,7 +202,7 @@ def test_wrong_weights_are_refused(tmp_path):
 
 def test_another_package_can_add_a_model(plugins, tmp_path):
     plugins.append(Plugin("toy", lambda: TOY))
-    assert registry.names() == ["orpheus", "toy"]
+    assert registry.names() == [*BUILT_IN, "toy"]
     assert registry.get("toy") is TOY
     assert registry.find("toy").sources == {"net": "someone/toy"}
     assert registry.find(folder(tmp_path / "t", {"model_type": "toy"})).card is TOY
@@ -218,7 +219,7 @@ def test_a_broken_plug_in_is_reported_and_breaks_nothing_else(plugins):
     plugins += [Plugin("bad", broken), Plugin("odd", lambda: CARD), Plugin("toy", lambda: TOY)]
     with pytest.warns(UserWarning, match="no such thing") as caught:
         found = list(registry.cards())
-    assert found == [CARD, TOY]
+    assert [card.name for card in found] == [*BUILT_IN, "toy"]
     assert any("odd_package:CARD is not a ModelCard named 'odd'" in str(w.message) for w in caught)
     with pytest.raises(ModelNotFound, match="failed to load: ImportError: no such thing"):
         registry.get("bad")
@@ -227,7 +228,7 @@ def test_a_broken_plug_in_is_reported_and_breaks_nothing_else(plugins):
 def test_a_plug_in_cannot_replace_a_built_in_model(plugins):
     plugins.append(Plugin("orpheus", lambda: TOY))
     with pytest.warns(UserWarning, match="cannot replace"):
-        assert registry.names() == ["orpheus"]
+        assert registry.names() == BUILT_IN
     assert registry.get("orpheus") is CARD
 
 

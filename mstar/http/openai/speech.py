@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from mstar.errors import InvalidRequest, MStarError, RequestFailed
 from mstar.http.body import read_json
-from mstar.http.encoders import FORMATS, check_encoder, open_encoder
+from mstar.http.encoders import FORMATS, Encoder, check_encoder, open_encoder
 from mstar.http.errors import Refused, openai_error, refusal
 from mstar.http.fields import check_text, seconds_of
 from mstar.http.front import Front, off_loop
@@ -26,6 +26,7 @@ from mstar.http.openai.surfaces import Adapter
 from mstar.http.record import record_of
 from mstar.http.running import running
 from mstar.http.stream import streamed
+from mstar.http.tempo import FASTEST, SLOWEST, Paced, check_speed
 from mstar.types import AudioChunk, Usage
 
 __all__ = ["speech_routes"]
@@ -45,7 +46,7 @@ _SCHEMA = {
         "voice": {"anyOf": [_STRING, {"type": "object", "properties": {"id": _STRING}}]},
         "response_format": {**_STRING, "enum": list(FORMATS), "default": "mp3"},
         "stream_format": {**_STRING, "enum": ["audio", "sse"], "default": "audio"},
-        "speed": {"type": "number", "default": 1},
+        "speed": {"type": "number", "default": 1, "minimum": SLOWEST, "maximum": FASTEST},
     },
 }
 _CONTENT = {"application/json": {"schema": _SCHEMA}}
@@ -56,6 +57,7 @@ class _Ask:
     arguments: dict[str, Any]
     format: str
     sse: bool
+    speed: float
 
 
 def speech_routes(front: Front, adapter: Adapter) -> APIRouter:
@@ -91,14 +93,15 @@ def _ask_of(front: Front, adapter: Adapter, fields: dict[str, Any], header: str 
     if not isinstance(format, str) or format not in FORMATS:
         allowed = f"must be one of {', '.join(FORMATS)}"
         raise InvalidRequest("response_format", format, allowed)
-    check_encoder(format)
+    check_encoder(format, front.engine.model.sample_rate)
+    speed = check_speed(fields.get("speed", 1))
     stream_format = fields.get("stream_format", "audio")
     if stream_format not in ("audio", "sse"):
         raise InvalidRequest("stream_format", stream_format, "must be audio or sse")
     arguments = {**model_parameters(front.card, fields, _KNOWN), **adapter(fields)}
     asked = seconds_of("timeout", fields.get("timeout", header))
     arguments |= {"stream": True, "timeout": front.timeout(asked)}
-    return _Ask(arguments, format, stream_format == "sse")
+    return _Ask(arguments, format, stream_format == "sse", speed)
 
 
 def _voice(value: Any) -> str | None:
@@ -112,9 +115,6 @@ def _voice(value: Any) -> str | None:
 def _check_unsupported(front: Front, fields: dict[str, Any]) -> None:
     """Known fields that the model cannot honour are refused, never dropped."""
     name, parameters = front.card.name, front.card.parameters
-    speed = fields.get("speed", 1)
-    if isinstance(speed, bool) or not isinstance(speed, (int, float)) or speed != 1:
-        raise _unsupported("speed", speed, f"{name} speaks at speed 1 only")
     instructions = fields.get("instructions", "")
     if not isinstance(instructions, str):
         raise InvalidRequest("instructions", instructions, "must be a string")
@@ -144,7 +144,7 @@ class _Pieces:
                 sound = [e for e in events if isinstance(e, AudioChunk) and len(e.pcm)]
                 if sound and encoder is None:
                     rate = sound[0].sample_rate
-                    encoder = await off_loop(open_encoder, self._ask.format, rate, size=_LARGE)
+                    encoder = await off_loop(_encoder, self._ask, rate, size=_LARGE)
                 if sound:
                     pcm = np.concatenate([event.pcm for event in sound])
                     size = len(pcm) * encoder.weight if begun else _LARGE
@@ -160,6 +160,11 @@ class _Pieces:
         piece = await off_loop(encoder.finish, size=_LARGE)
         if piece:
             yield piece
+
+
+def _encoder(ask: _Ask, sample_rate: int) -> Encoder:
+    encoder = open_encoder(ask.format, sample_rate)
+    return encoder if ask.speed == 1 else Paced(encoder, ask.speed, sample_rate)
 
 
 async def _file(front: Front, request: Request, ask: _Ask) -> AsyncGenerator[bytes, None]:

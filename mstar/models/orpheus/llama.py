@@ -21,7 +21,7 @@ from mstar.engine.layers.attention import AttentionContext, CausalContext, Proje
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.weights import Source
-from mstar.models.orpheus.fields import (
+from mstar.models.fields import (
     check_flags,
     check_numbers,
     check_sizes,

@@ -8,7 +8,7 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from mstar.models.orpheus.fields import (
+from mstar.models.fields import (
     check_flags,
     check_lists,
     check_sizes,

@@ -1,0 +1,1 @@
+"""The commands of `mstar`, a file for each; `mstar.cli` puts them together."""

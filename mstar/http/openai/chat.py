@@ -1,0 +1,101 @@
+"""`POST /v1/chat/completions`: a conversation, answered in one piece or as it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from mstar.errors import InvalidRequest
+from mstar.http.body import read_json
+from mstar.http.front import Front, off_loop
+from mstar.http.messages import with_media
+from mstar.http.openai.chat_reply import completion
+from mstar.http.openai.chat_request import MOST_CHOICES, ChatAsk, chat_ask
+from mstar.http.openai.chat_store import Transcripts
+from mstar.http.openai.chat_stream import completion_chunks
+from mstar.http.openai.chat_surface import ChatSurface
+from mstar.http.record import record_of
+from mstar.http.stream import streamed
+
+__all__ = ["chat_routes"]
+
+_LARGE = 1 << 30  # work that is never done on the event loop
+_STRING, _OBJECT = {"type": "string"}, {"type": "object"}
+_BOOL, _INT, _NUMBER = {"type": "boolean"}, {"type": "integer"}, {"type": "number"}
+_SCHEMA = {
+    "type": "object",
+    "required": ["model", "messages"],
+    "properties": {
+        "model": _STRING,
+        "messages": {
+            "type": "array",
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["role"],
+                "properties": {
+                    "role": {"enum": ["developer", "system", "user", "assistant", "tool"]},
+                    "content": {"anyOf": [_STRING, {"type": "array", "items": _OBJECT}]},
+                },
+            },
+        },
+        "stream": _BOOL,
+        "stream_options": _OBJECT,
+        "n": {**_INT, "minimum": 1, "maximum": MOST_CHOICES},
+        "temperature": {**_NUMBER, "minimum": 0, "maximum": 2},
+        "top_p": {**_NUMBER, "minimum": 0, "maximum": 1},
+        "seed": _INT,
+        "stop": {"anyOf": [_STRING, {"type": "array", "items": _STRING, "maxItems": 4}]},
+        "max_completion_tokens": {**_INT, "minimum": 1},
+        "logprobs": _BOOL,
+        "top_logprobs": {**_INT, "minimum": 0, "maximum": 20},
+        "modalities": {"type": "array", "items": _STRING},
+        "audio": _OBJECT,
+    },
+}
+_CONTENT = {"application/json": {"schema": _SCHEMA}}
+
+
+def chat_routes(front: Front, surface: ChatSurface) -> APIRouter:
+    """The chat route of a model that converses."""
+    router = APIRouter()
+    transcripts = Transcripts()
+
+    @router.post("/v1/chat/completions", openapi_extra={"requestBody": {"content": _CONTENT}})
+    async def chat(request: Request) -> Response:
+        """Go on with the conversation in `messages`."""
+        front.check_open()
+        fields = await read_json(front, request)
+        ask = await _ask(front, surface, request, fields, transcripts)
+        modalities = ",".join(ask.modalities)
+        record_of(request.scope).note(streaming=ask.stream, n=len(ask.arguments), made=modalities)
+        try:
+            if not ask.stream:
+                return await completion(front, request, ask, transcripts)
+            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+            chunks = completion_chunks(front, request, ask, transcripts)
+            return await streamed(chunks, "text/event-stream", headers)
+        except InvalidRequest as error:
+            raise ask.renamed(error) from None
+
+    return router
+
+
+async def _ask(
+    front: Front,
+    surface: ChatSurface,
+    request: Request,
+    fields: dict[str, Any],
+    transcripts: Transcripts,
+) -> ChatAsk:
+    stated = request.headers.get("content-length", "")
+    size = int(stated) if stated.isdecimal() and len(stated) < 20 else _LARGE
+    header = request.headers.get("x-request-timeout")
+    args = (front, surface, fields, header, transcripts.get)
+    ask = await off_loop(chat_ask, *args, size=size)
+    messages = await with_media(front, ask.arguments[0]["messages"])
+    for arguments in ask.arguments:
+        arguments["messages"] = messages
+    return ask

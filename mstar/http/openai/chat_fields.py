@@ -1,0 +1,127 @@
+"""The fields of a chat request that become parameters of the model: their ranges, the value that
+changes nothing, and the parameter that each sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mstar.errors import InvalidRequest
+from mstar.http.errors import Refused
+from mstar.http.openai.chat_surface import ChatSurface
+from mstar.models.card import ModelCard
+from mstar.models.parameters import Parameter
+
+__all__ = ["PARAMETER_FIELDS", "parameter_values", "text_of_voice", "unsupported"]
+
+_MOST_STOPS = 4
+_MOST_IDS = 1024
+_MOST_ALTERNATIVES = 20
+
+
+def unsupported(field: str, value: Any, allowed: str) -> Refused:
+    """The answer to a field that is known, but that the model cannot honour."""
+    message = str(InvalidRequest(field, value, allowed))
+    return Refused(400, message, param=field, code="unsupported_parameter")
+
+
+def _stop(value: Any) -> list[str]:
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or len(strings) > _MOST_STOPS:
+        raise ValueError(f"must be a string or a list of up to {_MOST_STOPS}")
+    if not all(isinstance(item, str) and item for item in strings):
+        raise ValueError("must be strings that are not empty")
+    return strings
+
+
+def _token_ids(value: Any) -> list[int]:
+    ok = isinstance(value, list) and len(value) <= _MOST_IDS
+    if not ok or not all(type(item) is int and 0 <= item < 2**31 for item in value):
+        raise ValueError(f"must be a list of up to {_MOST_IDS} token ids")
+    return value
+
+
+def _logit_bias(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict) or len(value) > _MOST_IDS:
+        raise ValueError(f"must be an object of up to {_MOST_IDS} token ids")
+    for token, bias in value.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 11):
+            raise ValueError(f"{token[:40]!r} is not a token id")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {token} must be a number from -100 to 100")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    return value
+
+
+# The default is the value that changes nothing, so that a model may do without the field then.
+_FIELDS = (
+    Parameter("temperature", float, 1.0, low=0, high=2),
+    Parameter("top_p", float, 1.0, low=0, high=1),
+    Parameter("top_k", int, 0, low=-1, high=2**31 - 1),
+    Parameter("min_p", float, 0.0, low=0, high=1),
+    Parameter("repetition_penalty", float, 1.0, low=0, low_open=True, high=100),
+    Parameter("presence_penalty", float, 0.0, low=-2, high=2),
+    Parameter("frequency_penalty", float, 0.0, low=-2, high=2),
+    Parameter("logit_bias", _logit_bias, {}),
+    Parameter("seed", int, low=-(2**63), high=2**63 - 1),
+    Parameter("stop", _stop, []),
+    Parameter("stop_token_ids", _token_ids, []),
+    Parameter("max_completion_tokens", int, low=1, high=2**31 - 1),
+    Parameter("max_tokens", int, low=1, high=2**31 - 1),
+    Parameter("min_tokens", int, 0, low=0, high=2**31 - 1),
+    Parameter("ignore_eos", bool, False),
+    Parameter("chat_template_kwargs", _object, {}),
+)
+_ALTERNATIVES = Parameter("top_logprobs", int, 0, low=0, high=_MOST_ALTERNATIVES)
+_LOGPROBS = Parameter("logprobs", bool, False)
+PARAMETER_FIELDS = (*(p.name for p in _FIELDS), "logprobs", "top_logprobs")
+
+
+def parameter_values(
+    card: ModelCard, surface: ChatSurface, fields: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parameters that the fields set, and which field sets each.
+
+    Raises:
+        InvalidRequest: a wrong type, out of range, or two fields that contradict each other.
+        Refused: the model has no such parameter, and the value is not the neutral one.
+    """
+    values: dict[str, Any] = {}
+    field_of: dict[str, str] = {}
+
+    def put(name: str, value: Any, neutral: Any) -> None:
+        own = surface.parameter(card, name)
+        if own is None:
+            if value != neutral:
+                raise unsupported(name, fields[name], f"{card.name} has nothing of the kind")
+        elif own in values and values[own] != value:
+            raise InvalidRequest(name, value, f"contradicts {field_of[own]}={values[own]}")
+        elif value not in ([], {}):  # an empty list or object asks for nothing
+            values[own], field_of[own] = value, name
+
+    for field in _FIELDS:
+        if field.name in fields:
+            value = field.check(fields[field.name])
+            if field.name == "top_k" and value == -1:  # what other servers say for all
+                value = 0
+            put(field.name, value, field.default)
+    wanted = _LOGPROBS.check(fields.get("logprobs", False))
+    count = _ALTERNATIVES.check(fields.get("top_logprobs", 0))
+    if count and not wanted:
+        raise InvalidRequest("top_logprobs", count, "needs logprobs=true")
+    if wanted:
+        put("logprobs", count, None)
+    return values, field_of
+
+
+def text_of_voice(value: Any) -> str | None:
+    """A voice: a string, or an object with an id."""
+    name = value.get("id", 0) if isinstance(value, dict) else value
+    if name is not None and not isinstance(name, str):
+        raise InvalidRequest("audio.voice", value, 'must be a string or {"id": ...}')
+    return name

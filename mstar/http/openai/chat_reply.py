@@ -1,0 +1,97 @@
+"""A completion in one piece."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+from starlette.responses import Response
+
+from mstar.http.encoders import encode_whole
+from mstar.http.front import Front, off_loop
+from mstar.http.openai.chat_request import ChatAsk
+from mstar.http.openai.chat_shapes import Envelope, ended, image_part, logprobs_of, usage_of
+from mstar.http.openai.chat_store import Transcripts
+from mstar.http.running import merged, running_all
+from mstar.http.wire import size_of
+from mstar.types import AudioChunk, Event, ImageChunk, TextChunk, Usage
+
+__all__ = ["completion"]
+
+_LARGE = 1 << 30  # work that is never done on the event loop
+
+
+async def completion(
+    front: Front, request: Request, ask: ChatAsk, transcripts: Transcripts
+) -> Response:
+    """Run the request and answer with all of it."""
+    choices: list[list[Event]] = [[] for _ in ask.arguments]
+    async with running_all(front, request, ask.arguments) as runs:
+        async for index, events in merged(runs):
+            choices[index] += events
+    envelope = Envelope(ask.model, front.card.name)
+    size = sum(map(size_of, choices)) if ask.audio_format is None else _LARGE
+    args = (envelope, ask, choices, transcripts)
+    return Response(await off_loop(_written, *args, size=size), media_type="application/json")
+
+
+def _written(
+    envelope: Envelope, ask: ChatAsk, choices: list[list[Event]], transcripts: Transcripts
+) -> bytes:
+    made = [_choice(index, ask, events, transcripts) for index, events in enumerate(choices)]
+    usages = [events[-1].usage or Usage() for events in choices]
+    return json.dumps(envelope.full(made, usage_of(usages, ask.modalities))).encode()
+
+
+def _choice(
+    index: int, ask: ChatAsk, events: list[Event], transcripts: Transcripts
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "message": _message(ask, events, transcripts),
+        "logprobs": logprobs_of(events) if ask.logprobs else None,
+        "finish_reason": ended(events[-1].finish_reason),
+    }
+
+
+def _message(ask: ChatAsk, events: list[Event], transcripts: Transcripts) -> dict[str, Any]:
+    """Sound takes the place of the text, which is its transcript; images make a list of parts."""
+    text = "".join(event.text for event in events if isinstance(event, TextChunk))
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    sound = [event for event in events if isinstance(event, AudioChunk) and len(event.pcm)]
+    if sound and ask.audio_format is not None:
+        message["content"] = None
+        message["audio"] = _audio(ask.audio_format, sound, text, transcripts)
+    if any(isinstance(event, ImageChunk) for event in events):
+        message["content"] = _parts(events, with_text=message["content"] is not None)
+    return message
+
+
+def _audio(
+    format: str, sound: list[AudioChunk], text: str, transcripts: Transcripts
+) -> dict[str, Any]:
+    pcm = np.concatenate([event.pcm for event in sound])
+    data = encode_whole(format, pcm, sound[0].sample_rate)
+    id = transcripts.new_id()
+    return {
+        "id": id,
+        "data": base64.b64encode(data).decode(),
+        "expires_at": transcripts.put(id, text),
+        "transcript": text,
+    }
+
+
+def _parts(events: list[Event], *, with_text: bool) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = []
+    for event in events:
+        if isinstance(event, ImageChunk):
+            parts.append(image_part(base64.b64encode(event.data).decode()))
+        elif isinstance(event, TextChunk) and event.text and with_text:
+            if parts and parts[-1]["type"] == "text":
+                parts[-1]["text"] += event.text
+            else:
+                parts.append({"type": "text", "text": event.text})
+    return parts

@@ -1,0 +1,254 @@
+"""A chat request, read: what the engine is to do, and how the answer is to look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mstar.errors import InvalidRequest
+from mstar.http.encoders import FORMATS, check_encoder
+from mstar.http.fields import seconds_of
+from mstar.http.front import Front
+from mstar.http.messages import read_messages
+from mstar.http.openai.chat_fields import (
+    PARAMETER_FIELDS,
+    parameter_values,
+    text_of_voice,
+    unsupported,
+)
+from mstar.http.openai.chat_surface import ChatSurface
+from mstar.http.openai.extras import model_parameters
+from mstar.http.openai.models import check_model
+from mstar.models.card import ModelCard
+from mstar.models.parameters import Parameter
+
+__all__ = ["MOST_CHOICES", "ChatAsk", "chat_ask"]
+
+MOST_CHOICES = 16
+_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
+_SHAPING = (
+    *("model", "messages", "modalities", "audio", "n", "stream", "stream_options"),
+    *("response_format", "service_tier", "timeout"),
+    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
+)
+# They tell OpenAI's own service something and change nothing here.
+_IGNORED = (
+    *("metadata", "store", "user", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_options", "prompt_cache_retention", "verbosity", "reasoning_effort"),
+    *("prediction", "moderation", "web_search_options"),
+)
+_AUDIO_FORMATS = {"pcm16": "pcm", **{name: name for name in FORMATS if name != "pcm"}}
+_CHOICES = Parameter("n", int, 1, low=1, high=MOST_CHOICES)
+_OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
+
+
+@dataclass
+class ChatAsk:
+    """What a request asks for.
+
+    Args:
+        model: the name by which the model was called.
+        arguments: of `Engine.submit`, once per choice; the same but for the seed.
+        field_of: parameter of the model -> field of the request that sets it.
+        modalities: what the reply may hold.
+        audio_format: one of `encoders.FORMATS`, where it holds sound.
+        logprobs: whether the tokens' probabilities are asked for.
+        stream: whether the answer is a stream.
+        include_usage: whether it ends with a chunk that holds the usage.
+        running_usage: whether every chunk holds the usage so far.
+    """
+
+    model: str
+    arguments: list[dict[str, Any]]
+    field_of: dict[str, str]
+    modalities: tuple[str, ...] = ("text",)
+    audio_format: str | None = None
+    logprobs: bool = False
+    stream: bool = False
+    include_usage: bool = False
+    running_usage: bool = False
+
+    def renamed(self, error: Exception) -> Exception:
+        """An error about a parameter of the model, in the words of the request."""
+        return _renamed(error, self.field_of)
+
+
+def chat_ask(
+    front: Front,
+    surface: ChatSurface,
+    fields: dict[str, Any],
+    header: str | None,
+    spoken: Callable[[str], str | None],
+) -> ChatAsk:
+    """Read a request. Media in its messages are still to be brought: see `http.messages`.
+
+    Args:
+        front: see there.
+        surface: of the model.
+        fields: the JSON object.
+        header: the deadline in a header.
+        spoken: what was said in an earlier reply of sound, by its id.
+
+    Raises:
+        InvalidRequest, Refused: a field is not what it must be, or cannot be honoured.
+    """
+    card = front.card
+    fields = _flat(fields)
+    model = check_model(front, fields.get("model"))
+    _check_tools(card, fields)
+    _check_format(card, fields)
+    if fields.get("service_tier", "auto") not in _TIERS:
+        allowed = f"must be one of {', '.join(_TIERS)}"
+        raise InvalidRequest("service_tier", fields["service_tier"], allowed)
+    values, field_of = parameter_values(card, surface, fields)
+    stream = _bool("stream", fields.get("stream", False))
+    modalities = _modalities(card, surface, fields.get("modalities"))
+    rate = front.engine.model.sample_rate
+    format, voice = _audio(fields.get("audio"), modalities, stream, rate)
+    own = surface.parameter(card, "voice")
+    if voice is not None and own is not None:
+        values[own], field_of[own] = voice, "audio.voice"
+    extras = _extras(card, fields, field_of)
+    try:
+        card.parameters.validate({**extras, **values})
+    except InvalidRequest as error:
+        raise _renamed(error, field_of) from None
+    longest = front.settings.max_text_chars
+    messages = read_messages(card, fields.get("messages"), longest=longest, spoken=spoken)
+    asked = seconds_of("timeout", fields.get("timeout", header))
+    arguments = {
+        **extras,
+        **values,
+        "messages": messages,
+        "output_modalities": modalities,
+        "stream": stream,
+        "timeout": front.timeout(asked),
+    }
+    count = _CHOICES.check(fields.get("n", 1))
+    seed = surface.parameter(card, "seed")
+    options = _stream_options(fields.get("stream_options"), stream)
+    return ChatAsk(
+        model=model,
+        arguments=[_seeded(arguments, seed, index) for index in range(count)],
+        field_of=field_of,
+        modalities=modalities,
+        audio_format=format,
+        logprobs=fields.get("logprobs", False),
+        stream=stream,
+        include_usage=options.get("include_usage", False),
+        running_usage=options.get("continuous_usage_stats", False),
+    )
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields that are given, with those that some clients nest in `extra_body`."""
+    nested = fields.get("extra_body")
+    if nested is not None and not isinstance(nested, dict):
+        raise InvalidRequest("extra_body", nested, "must be an object")
+    flat = {name: value for name, value in fields.items() if value is not None}
+    flat.pop("extra_body", None)
+    for name, value in (nested or {}).items():
+        if flat.get(name, value) != value:
+            raise InvalidRequest(f"extra_body.{name[:40]}", value, "is given twice")
+        if value is not None:
+            flat[name] = value
+    return flat
+
+
+def _extras(card: ModelCard, fields: dict[str, Any], field_of: dict[str, str]) -> dict[str, Any]:
+    """Parameters of the model under their own names."""
+    known = {*_SHAPING, *PARAMETER_FIELDS, *(n for n in _IGNORED if n not in card.parameters)}
+    extras = model_parameters(card, fields, known)
+    for name in extras:
+        other = field_of.get(card.parameters[name].name)
+        if other is not None:
+            raise InvalidRequest(name, extras[name], f"says the same as {other}: give only one")
+    return extras
+
+
+def _seeded(arguments: dict[str, Any], seed: str | None, index: int) -> dict[str, Any]:
+    """The arguments of one choice: a seed that is given counts up from the first choice on."""
+    if seed is None or arguments.get(seed) is None:
+        return dict(arguments)
+    return {**arguments, seed: arguments[seed] + index}
+
+
+def _check_tools(card: ModelCard, fields: Mapping[str, Any]) -> None:
+    allowed = f"{card.name} calls no tools"
+    for name in ("tools", "functions"):
+        if name in fields and fields[name] != []:
+            raise unsupported(name, fields[name], allowed)
+    for name in ("tool_choice", "function_call"):
+        if fields.get(name, "none") not in ("none", "auto"):
+            raise unsupported(name, fields[name], allowed)
+    _bool("parallel_tool_calls", fields.get("parallel_tool_calls", True))
+
+
+def _check_format(card: ModelCard, fields: Mapping[str, Any]) -> None:
+    value = fields.get("response_format", {"type": "text"})
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in ("json_object", "json_schema"):
+        raise unsupported("response_format", value, f"{card.name} is not held to a format")
+    if kind != "text":
+        raise InvalidRequest("response_format", value, 'must be {"type": "text"}')
+
+
+def _modalities(card: ModelCard, surface: ChatSurface, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ("text",)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InvalidRequest("modalities", value, "must be a list of strings")
+    made = ", ".join(surface.modalities)
+    for item in value:
+        if item not in surface.modalities:
+            raise unsupported("modalities", item, f"replies of {card.name} hold {made} only")
+    if "text" not in value:
+        raise InvalidRequest("modalities", value, 'must hold "text"')
+    return tuple(name for name in surface.modalities if name in value)
+
+
+def _audio(
+    value: Any, modalities: tuple[str, ...], stream: bool, rate: int | None
+) -> tuple[str | None, str | None]:
+    """The format of the sound and its voice."""
+    if value is not None and not isinstance(value, dict):
+        raise InvalidRequest("audio", value, 'must be {"voice": ..., "format": ...}')
+    voice = text_of_voice((value or {}).get("voice"))
+    format = (value or {}).get("format")
+    if not isinstance(format, (str, type(None))) or format not in (None, *_AUDIO_FORMATS):
+        allowed = f"must be one of {', '.join(_AUDIO_FORMATS)}"
+        raise InvalidRequest("audio.format", format, allowed)
+    if "audio" not in modalities:
+        if value:
+            raise InvalidRequest("audio", value, 'needs modalities=["text", "audio"]')
+        return None, None
+    if stream and format not in (None, "pcm16"):
+        raise InvalidRequest("audio.format", format, "must be pcm16 in a stream")
+    own = _AUDIO_FORMATS[format or ("pcm16" if stream else "wav")]
+    check_encoder(own, rate, field="audio.format")
+    return own, voice
+
+
+def _stream_options(value: Any, stream: bool) -> dict[str, bool]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InvalidRequest("stream_options", value, "must be an object")
+    if not stream:
+        raise InvalidRequest("stream_options", value, "needs stream=true")
+    for name in _OPTIONS:
+        _bool(f"stream_options.{name}", value.get(name) or False)
+    return {name: bool(value.get(name)) for name in _OPTIONS}
+
+
+def _bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidRequest(name, value, "must be true or false")
+    return value
+
+
+def _renamed(error: Exception, field_of: Mapping[str, str]) -> Exception:
+    if isinstance(error, InvalidRequest) and error.field in field_of:
+        return InvalidRequest(field_of[error.field], error.value, error.allowed)
+    return error

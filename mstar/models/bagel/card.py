@@ -1,0 +1,223 @@
+"""The card of BAGEL: chats, sees, draws and edits; one decoder with two experts per layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mstar.errors import InvalidRequest
+from mstar.models.card import ModelCard
+from mstar.models.parameters import Parameter, Parameters, plain
+from mstar.models.sampling_table import is_list, sampling_table
+
+__all__ = ["CARD", "RENORM_TYPES"]
+
+RENORM_TYPES = ("global", "channel", "text_channel")
+
+
+def interval(value: Any) -> tuple[float, float]:
+    """`cfg_interval`: the part of the timesteps, from 1 down to 0, in which guidance is on."""
+    ends = [plain(end) for end in value] if is_list(value) else []
+    numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
+    if len(ends) != 2 or not numbers or not 0 <= ends[0] <= ends[1] <= 1:
+        raise ValueError("must be two numbers [low, high] with 0 <= low <= high <= 1")
+    return float(ends[0]), float(ends[1])
+
+
+def array(value: Any) -> np.ndarray:
+    """An array of finite float32 numbers, from an array or nested lists."""
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu()
+        found = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError("must be an array of numbers") from None
+    if found.ndim < 2 or not np.isfinite(found).all():
+        raise ValueError("must be an array of finite numbers with at least two dimensions")
+    return found
+
+
+def arrays(value: Any) -> list[np.ndarray]:
+    """`vae_noise`: one array for each image of the input."""
+    return [array(item) for item in value] if isinstance(value, (list, tuple)) else [array(value)]
+
+
+def _together(values: dict[str, Any]) -> None:
+    least, most = values["min_tokens"], values["max_output_tokens"]
+    if least > most:
+        raise InvalidRequest("min_tokens", least, f"must not exceed max_output_tokens={most}")
+    if values["latents"] is not None and values["num_images"] > 1:
+        raise InvalidRequest(
+            "latents", "given", f"go with num_images=1, not {values['num_images']}"
+        )
+
+
+_TEXT = [
+    *sampling_table(temperature=0.0, what="text (greedy by default, as published)"),
+    Parameter(
+        "max_output_tokens",
+        int,
+        1024,
+        low=1,
+        high=32768,
+        aliases=("max_tokens", "max_new_tokens"),
+        help="longest answer",
+    ),
+    Parameter(
+        "think",
+        bool,
+        nullable=True,
+        help="think aloud before the answer or the image; by default only where text and an image "
+        "are asked for",
+    ),
+    Parameter(
+        "max_think_tokens",
+        int,
+        1000,
+        low=2,
+        high=32768,
+        aliases=("max_think_token_n",),
+        help="longest thought before an image, counted with its start token, as published",
+    ),
+]
+
+_IMAGE = [
+    Parameter(
+        "width",
+        int,
+        low=1,
+        nullable=True,
+        help="of the image in pixels; by default that of the last input image, or 1024",
+    ),
+    Parameter("height", int, low=1, nullable=True, help="of the image in pixels"),
+    Parameter("num_images", int, 1, low=1, high=16, help="images from noise that follows on"),
+    Parameter(
+        "num_timesteps",
+        int,
+        50,
+        low=2,
+        high=1000,
+        aliases=("num_inference_steps",),
+        help="points of the timestep grid; one step fewer is taken",
+    ),
+    Parameter(
+        "timestep_shift",
+        float,
+        3.0,
+        low=0,
+        low_open=True,
+        high=100,
+        help="above 1 spends more steps where the image is mostly noise",
+    ),
+    Parameter(
+        "cfg_text_scale",
+        float,
+        4.0,
+        low=0,
+        high=100,
+        aliases=("guidance_scale",),
+        help="how strongly the image follows the text; 1 or less turns guidance off",
+    ),
+    Parameter(
+        "cfg_img_scale",
+        float,
+        low=0,
+        high=100,
+        nullable=True,
+        help="how strongly it follows the input images; by default 1.5, in an edit 2",
+    ),
+    Parameter(
+        "cfg_interval",
+        interval,
+        nullable=True,
+        accepts="two numbers [low, high] with 0 <= low <= high <= 1",
+        help="timesteps in which guidance is on; by default [0.4, 1], in an edit [0, 1]",
+    ),
+    Parameter(
+        "cfg_renorm_type",
+        str,
+        nullable=True,
+        choices=RENORM_TYPES,
+        help="what keeps guidance from oversaturating; by default global, in an edit text_channel",
+    ),
+    Parameter(
+        "cfg_renorm_min",
+        float,
+        0.0,
+        low=0,
+        high=1,
+        help="least factor of the renormalisation; 1 turns it off",
+    ),
+    Parameter(
+        "negative_prompt",
+        str,
+        nullable=True,
+        help="what the image should not be like: text that guidance leads away from",
+    ),
+    Parameter(
+        "latents",
+        array,
+        nullable=True,
+        accepts="an array [tokens, patch dim] of start noise",
+        help="start noise instead of that of the seed",
+    ),
+    Parameter(
+        "vae_noise",
+        arrays,
+        nullable=True,
+        accepts="an array [1, channels, height / 8, width / 8], or a list of those, one per image",
+        help="noise of the encoded input images instead of that of the seed",
+    ),
+    Parameter(
+        "enable_taylorseer",
+        bool,
+        False,
+        help="extrapolate two of three steps (faster, less exact)",
+    ),
+    Parameter("progress", bool, False, help="an event after every step"),
+    Parameter(
+        "preview_every",
+        int,
+        0,
+        low=0,
+        help="a preview of the image every so many steps; 0 for none",
+    ),
+]
+
+PARAMETERS = Parameters(
+    "bagel",
+    [
+        *_TEXT,
+        *_IMAGE,
+        Parameter(
+            "seed",
+            int,
+            low=0,
+            high=2**63 - 1,
+            nullable=True,
+            help="same seed, same request: same output; the published code's image, too",
+        ),
+    ],
+    check=_together,
+)
+
+
+def _recognises(config: dict[str, Any]) -> bool:
+    return config.get("model_type") == "bagel"
+
+
+CARD = ModelCard(
+    name="bagel",
+    title="BAGEL 7B-MoT: chats, sees, draws and edits images",
+    entry="mstar.models.bagel.model:Bagel",
+    inputs=("text", "image"),
+    outputs=("text", "image"),
+    parameters=PARAMETERS,
+    repos={"bagel": "ByteDance-Seed/BAGEL-7B-MoT"},
+    tiny=Path(__file__).parent / "tiny",
+    full=Path(__file__).parent / "full",
+    chat=True,
+    recognises=_recognises,
+)

@@ -1,0 +1,263 @@
+"""BAGEL: chats, sees, draws, edits. One decoder reads, writes and predicts the flow of images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mstar.engine.content import media_content
+from mstar.engine.feature_cache import FeatureCache
+from mstar.engine.kvcache import KVCache, KVPool
+from mstar.engine.lm import LanguageModel
+from mstar.engine.memory import kv_tokens_for
+from mstar.engine.node import Node
+from mstar.engine.prefill import prefill
+from mstar.engine.request import Request
+from mstar.errors import InvalidRequest
+from mstar.models.bagel.autoencoder import Autoencoder
+from mstar.models.bagel.contexts import Contexts, Mark, Medium
+from mstar.models.bagel.drawing import Branches, draw
+from mstar.models.bagel.flow import flow_runner
+from mstar.models.bagel.networks import Bagel as Networks
+from mstar.models.bagel.networks import load_networks
+from mstar.models.bagel.pictures import Picture
+from mstar.models.bagel.pixels import patchify
+from mstar.models.bagel.plan import Plan, Planner
+from mstar.models.bagel.prompt import THINK_THEN_ANSWER, THINK_THEN_DRAW, Tokenizer
+from mstar.models.bagel.runners import decode_runner, encode_runner, vision_runner
+from mstar.models.base import Inputs, Model, Setup
+from mstar.models.text import TextGeneration, sampling_params
+
+__all__ = ["Bagel"]
+
+# Most tokens in one batch of the decoder: images are fed as a whole, and so are their drafts.
+_SPAN_BUDGET = 32768
+_FEATURES = 256 << 20  # bytes of encoded images that are kept
+
+
+class Bagel(Model):
+    """Nodes `lm`, `vision`, `encode`, `flow` and `decode`."""
+
+    def __init__(
+        self, bagel: Networks, autoencoder: Autoencoder, lm: LanguageModel, tokenizer: Tokenizer
+    ) -> None:
+        self.bagel, self.autoencoder = bagel, autoencoder
+        self.networks = (bagel, autoencoder)
+        self.config = bagel.config
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.planner = Planner(self.config, tokenizer, bagel.side)
+        self.features = FeatureCache(_FEATURES)
+        marks = torch.tensor([tokenizer.image_start, tokenizer.image_end], device=lm.device)
+        self.marks = bagel.decoder.embed(marks)
+        self.vision = Node(
+            "vision",
+            vision_runner(bagel, lm.device),
+            cost=lambda picture: len(picture.patches),
+            max_cost=2 * self.config.vit.positions,
+        )
+        self.encode = Node(
+            "encode",
+            encode_runner(autoencoder, lm.device),
+            key=lambda picture: picture.size,
+            max_batch=4,
+        )
+        self.flow = Node("flow", flow_runner(bagel, self.marks), key=lambda call: call.grid)
+        self.decode = Node(
+            "decode",
+            decode_runner(autoencoder, self.config.latent_patch_size),
+            key=lambda image: image.grid,
+            max_batch=4,
+            beside=True,
+        )
+
+    @classmethod
+    def load(cls, setup: Setup) -> Bagel:
+        """See `Model.load`. The autoencoder always runs in float32."""
+        folder = setup.folders["bagel"]
+        tokenizer = Tokenizer(folder)
+        bagel, autoencoder = load_networks(
+            folder,
+            device=setup.device,
+            dtype=setup.dtype,
+            dummy=setup.dummy,
+            progress=setup.progress,
+        )
+        layout = bagel.decoder.kv_layout
+        tokens = setup.kv_tokens or kv_tokens_for(
+            layout,
+            setup.device,
+            setup.dtype,
+            fraction=setup.memory_fraction,
+            at_most=max(setup.max_batch * 8192, 65536),
+        )
+        pool = KVPool(
+            layout,
+            tokens,
+            device=setup.device,
+            dtype=setup.dtype,
+            prefix_cache=setup.prefix_cache,
+        )
+        lm = LanguageModel(
+            "lm",
+            bagel.decoder,
+            pool,
+            max_batch=setup.max_batch,
+            token_budget=setup.token_budget,
+            span_budget=_SPAN_BUDGET,
+            look_ahead=setup.look_ahead,
+        )
+        return cls(bagel, autoencoder, lm, tokenizer)
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """See `Model.nodes`."""
+        return (self.lm, self.vision, self.encode, self.flow, self.decode)
+
+    def warmup(self) -> None:
+        """See `Model.warmup`."""
+        self.lm.warmup()
+
+    # -- laying a request out ----------------------------------------------------------------
+
+    def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
+        """See `Model.prepare`."""
+        plan = self.planner.plan(inputs, params, outputs)
+        contexts = self._contexts(plan)
+        prompt = contexts.main.end.length
+        longest = self.config.llm.max_position_embeddings
+        if contexts.main.end.position >= longest:
+            shown = f"a prompt of {contexts.main.end.position} positions"
+            raise InvalidRequest("text", shown, f"the model takes {longest}")
+        if plan.drawing is None:
+            needed = prompt + params["max_output_tokens"] + 1
+            self.lm.pool.check_fits("max_output_tokens", params["max_output_tokens"], needed)
+            return plan
+        thought = params["max_think_tokens"] if plan.think else 0
+        needed = prompt + thought + contexts.without_images.end.length + 3 * plan.drawing.tokens
+        self.lm.pool.check_fits("text", f"a prompt of {prompt} tokens and an image", needed)
+        return plan
+
+    def _contexts(self, plan: Plan) -> Contexts:
+        contexts = Contexts()
+        if plan.think:
+            system = THINK_THEN_ANSWER if plan.drawing is None else THINK_THEN_DRAW
+            contexts.system(self.tokenizer.text_span(system))
+        eps = iter(plan.eps)
+        for element in plan.elements:
+            if not isinstance(element, Picture):
+                contexts.text(element)
+            elif plan.drawing is None:
+                contexts.image(self._seen(element))
+            else:
+                contexts.image(self._encoded(element, next(eps)), self._seen(element))
+        return contexts
+
+    def _seen(self, picture: Picture) -> Medium:
+        """A picture as the vision encoder sees it."""
+        count = len(picture.patches) + 2
+        content = media_content(picture.key, count, "vision")
+        return Medium(content, partial(self._embed_seen, picture))
+
+    async def _embed_seen(self, picture: Picture) -> Tensor:
+        key = "vision", picture.key
+        found = self.features.get(key)
+        if found is None:
+            found = (await self.vision(picture),)
+            self.features.put(key, *found)
+        return torch.cat([*found, self.marks])
+
+    def _encoded(self, picture: Picture, eps: Tensor) -> Medium:
+        """A picture as the autoencoder encodes it, with its noise."""
+        rows, columns = (side // self.config.latent_downsample for side in picture.size)
+        count = rows * columns
+        content = media_content(picture.key + eps.numpy().tobytes(), count + 2, "latents")
+        return Medium(content, partial(self._embed_encoded, picture, eps, (rows, columns)), count)
+
+    async def _embed_encoded(self, picture: Picture, eps: Tensor, grid: tuple[int, int]) -> Tensor:
+        key = "latents", picture.key
+        found = self.features.get(key)
+        if found is None:
+            found = await self.encode(picture)
+            self.features.put(key, *found)
+        mean, logvar = found
+        latent = self.autoencoder.latent(mean, logvar, eps[0].to(mean.device))
+        latents = patchify(latent, self.config.latent_patch_size)
+        return torch.cat([self.bagel.latent_tokens(latents, 0.0, *grid), self.marks])
+
+    # -- the walk ----------------------------------------------------------------------------
+
+    async def walk(self, request: Request) -> str | None:
+        """Read; then write, or think and draw."""
+        plan: Plan = request.inputs
+        contexts = self._contexts(plan)
+        usage = request.usage
+        usage.image_tokens += sum(
+            len(span.content) for span in contexts.main.spans if span.embed is not None
+        )
+        with ExitStack() as stack:
+            main = stack.enter_context(self.lm.open_cache())
+            aside = stack.enter_context(main.fork())  # empty still: for the context without images
+            await prefill(self.lm, main, contexts.main.spans, usage)
+            contexts.main.end.place(main)
+            if plan.drawing is None:
+                return await self._write(request, plan, main)
+            if not contexts.has_images:  # then it is the beginning of the main one
+                contexts.without_images.end.place(aside := stack.enter_context(main.fork()))
+            elif plan.drawing.guidance.by_image:
+                await prefill(self.lm, aside, contexts.without_images.spans)
+                contexts.without_images.end.place(aside)
+            if plan.think:
+                await self._think(request, plan, contexts, main)
+            away = stack.enter_context(main.fork())
+            await self._without_text(away, contexts.without_text, plan)
+            same = not contexts.has_images and not plan.think
+            branches = Branches(main, away, None if same else aside)
+            await draw(self, request, plan, branches)
+        return "stop"
+
+    async def _write(self, request: Request, plan: Plan, kv: KVCache) -> str | None:
+        params = request.params
+        limit = params["max_output_tokens"]
+        text = self._generation(request, plan, kv, limit, params["stop"] or ())
+        await text.emit(request)
+        return text.finish_reason
+
+    async def _think(self, request: Request, plan: Plan, contexts: Contexts, main: KVCache) -> None:
+        """Think on a copy of the context, and append what was thought, as text, to it."""
+        with main.fork() as kv:
+            limit = request.params["max_think_tokens"] - 1
+            text = self._generation(request, plan, kv, limit)
+            await text.emit(request)
+        span = self.tokenizer.text_span(self.tokenizer.answer(text.ids))
+        contexts.main.text(span)
+        await prefill(self.lm, main, contexts.main.spans[-1:])
+        contexts.main.end.place(main)
+
+    def _generation(
+        self, request: Request, plan: Plan, kv: KVCache, limit: int, stop: Sequence[str] = ()
+    ) -> TextGeneration:
+        tokenizer = self.tokenizer
+        sampling = sampling_params(
+            request.params,
+            max_tokens=limit,
+            end_ids=(tokenizer.end, tokenizer.start),  # text after another start is not shown
+            seed=plan.seed,
+        )
+        tokens = self.lm.generate(kv, [tokenizer.start], sampling, usage=request.usage)
+        return TextGeneration(tokens, tokenizer.shown, stop)
+
+    async def _without_text(self, kv: KVCache, mark: Mark, plan: Plan) -> None:
+        """Roll a copy of the main context back, and append what is to be led away from."""
+        mark.place(kv)
+        if plan.drawing.negative is not None:
+            spans = Contexts()
+            spans.main.end = mark
+            spans.main.text(plan.drawing.negative)
+            await prefill(self.lm, kv, spans.main.spans)
+            spans.main.end.place(kv)

@@ -1,0 +1,190 @@
+"""A request, checked and laid out: what is said and shown, what is to be made, with which noise."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mstar.errors import InvalidRequest
+from mstar.models.bagel.config import BagelConfig
+from mstar.models.bagel.guidance import Guidance
+from mstar.models.bagel.pictures import Picture, read_picture
+from mstar.models.bagel.positions import Grid
+from mstar.models.bagel.prompt import Tokenizer
+from mstar.models.bagel.schedule import FlowStep, flow_steps
+from mstar.models.base import Inputs
+from mstar.models.turns import turns_of
+
+__all__ = ["Drawing", "Plan", "Planner"]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The images to be made.
+
+    Args:
+        grid: latent tokens down and across.
+        noise: start noise of each image, float32 `[tokens, latent_dim]`.
+        steps: of the flow.
+        guidance: while it is on.
+        negative: a text span that guidance leads away from; `None` for none.
+    """
+
+    grid: Grid
+    noise: list[Tensor]
+    steps: list[FlowStep]
+    guidance: Guidance
+    negative: list[int] | None
+
+    @property
+    def tokens(self) -> int:
+        """Of one image in the decoder."""
+        return self.grid[0] * self.grid[1] + 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a walk needs to know.
+
+    Args:
+        elements: text spans (ids) and pictures, in order.
+        think: whether to think aloud first.
+        seed: of everything that is drawn.
+        eps: noise of each picture for the autoencoder, `[1, z, height / f, width / f]`.
+        drawing: `None` where text is to be made.
+    """
+
+    elements: list[list[int] | Picture]
+    think: bool
+    seed: int
+    eps: list[Tensor]
+    drawing: Drawing | None
+
+
+class Planner:
+    """Makes plans, in the callers' threads.
+
+    Args:
+        side: latent tokens along the sides of the largest image.
+    """
+
+    def __init__(self, config: BagelConfig, tokenizer: Tokenizer, side: int) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.side = side
+
+    def plan(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
+        """Lay a request out.
+
+        Raises:
+            InvalidRequest: it cannot be served.
+        """
+        draws = "image" in outputs
+        think = params["think"]
+        if draws and "text" in outputs and think is False:
+            raise InvalidRequest(
+                "think", False, "the text beside an image is the thought before it; leave it out"
+            )
+        think = (draws and "text" in outputs) if think is None else think
+        if not draws:
+            self._check_nothing_drawn(params)
+        elements: list[list[int] | Picture] = []
+        for turn in turns_of(inputs, ("text", "image")):
+            for part in turn.parts:
+                if part.kind == "image":
+                    elements.append(read_picture(part.value, self.config, draws=draws))
+                elif part.value.strip():
+                    elements.append(self.tokenizer.text_span(part.value))
+                else:
+                    raise InvalidRequest("text", part.value, "is empty")
+        pictures = [element for element in elements if isinstance(element, Picture)]
+        seed = secrets.randbits(63) if params["seed"] is None else params["seed"]
+        # The draws of the published code, in its order: pictures first, then the start noise.
+        generator = torch.Generator().manual_seed(seed)
+        eps = self._eps(pictures, params["vae_noise"], generator) if draws else []
+        drawing = self._drawing(pictures, params, generator) if draws else None
+        return Plan(elements, think, seed, eps, drawing)
+
+    def _check_nothing_drawn(self, params: dict[str, Any]) -> None:
+        for name in ("width", "height", "latents", "vae_noise", "negative_prompt"):
+            if params[name] is not None:
+                allowed = "is for images: ask for them with output_modalities=('image',)"
+                raise InvalidRequest(name, str(params[name])[:80], allowed)
+
+    def _eps(
+        self, pictures: list[Picture], given: list[Any] | None, generator: torch.Generator
+    ) -> list[Tensor]:
+        vae = self.config.vae
+        shapes = [
+            (1, vae.z_channels, *(side // vae.downsample for side in picture.size))
+            for picture in pictures
+        ]
+        if given is None:
+            return [torch.randn(shape, generator=generator) for shape in shapes]
+        if len(given) != len(shapes):
+            raise InvalidRequest(
+                "vae_noise", f"{len(given)} arrays", f"there are {len(shapes)} input images"
+            )
+        noise = []
+        for array, shape in zip(given, shapes, strict=True):
+            if array.shape not in (shape, shape[1:]):
+                raise InvalidRequest(
+                    "vae_noise", f"array {array.shape}", f"must be {shape} for this image"
+                )
+            noise.append(torch.tensor(array).view(shape))
+        return noise
+
+    def _drawing(
+        self, pictures: list[Picture], params: dict[str, Any], generator: torch.Generator
+    ) -> Drawing:
+        unit = self.config.latent_downsample
+        height, width = self._size(pictures, params)
+        grid = height // unit, width // unit
+        shape = grid[0] * grid[1], self.config.patch_latent_dim
+        if params["latents"] is None:
+            noise = [torch.randn(shape, generator=generator) for _ in range(params["num_images"])]
+        elif params["latents"].shape != shape:
+            shown = f"array {params['latents'].shape}"
+            allowed = f"must be {shape} for an image of {width} x {height}"
+            raise InvalidRequest("latents", shown, allowed)
+        else:
+            noise = [torch.tensor(params["latents"])]
+        edit = bool(pictures)
+
+        def chosen(name: str, drawn: Any, edited: Any) -> Any:
+            return params[name] if params[name] is not None else edited if edit else drawn
+
+        interval = chosen("cfg_interval", (0.4, 1.0), (0.0, 1.0))
+        negative = params["negative_prompt"]
+        return Drawing(
+            grid,
+            noise,
+            flow_steps(params["num_timesteps"], params["timestep_shift"], interval),
+            Guidance(
+                params["cfg_text_scale"],
+                chosen("cfg_img_scale", 1.5, 2.0),
+                chosen("cfg_renorm_type", "global", "text_channel"),
+                params["cfg_renorm_min"],
+            ),
+            self.tokenizer.text_span(negative) if negative and negative.strip() else None,
+        )
+
+    def _size(self, pictures: list[Picture], params: dict[str, Any]) -> tuple[int, int]:
+        """Height and width of the image: as asked, or of the last picture, or the usual."""
+        unit = self.config.latent_downsample
+        largest = self.side * unit
+        usual = pictures[-1].size if pictures else (min(1024, largest),) * 2
+        asked = params["height"], params["width"]
+        size = tuple(own or other for own, other in zip(asked, usual, strict=True))
+        for name, value in zip(("height", "width"), size, strict=True):
+            if value % unit or value > largest:
+                below = min(max(value // unit * unit, unit), largest)
+                above = min(-(-value // unit) * unit, largest)
+                near = " and ".join(map(str, sorted({below, above})))
+                allowed = f"must be a multiple of {unit}, at most {largest}; nearest: {near}"
+                raise InvalidRequest(name, value, allowed)
+        return size

@@ -1,0 +1,88 @@
+"""The prompt layout of BAGEL: spans between two marks, no roles, no system prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mstar.errors import InvalidRequest, WeightsError
+
+__all__ = ["THINK_THEN_ANSWER", "THINK_THEN_DRAW", "Tokenizer"]
+
+_THINK = (
+    "You should first think about the {what} process in the mind and then {do}. \n"
+    "The {what} process is enclosed within <think> </think> tags, i.e. <think> {what} process here "
+    "</think> {then} here"
+)
+# The first text of a request that is to be thought about before text, or before an image.
+THINK_THEN_ANSWER = _THINK.format(
+    what="reasoning", do="provide the user with the answer", then="answer"
+)
+THINK_THEN_DRAW = _THINK.format(what="planning", do="generate the image", then="image")
+
+_MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+
+
+class Tokenizer:
+    """The byte-level BPE of a checkpoint. Any thread may use it.
+
+    Marks that are spelled out in text (`<|im_end|>`) become the mark, as in the published code.
+
+    Attributes:
+        start, end: ids around text; text is generated after `start`, until `end`.
+        image_start, image_end: ids around the tokens of an image.
+
+    Raises:
+        WeightsError: there is none, or another model's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise WeightsError(f"no tokenizer.json in {folder}")
+        try:
+            self._fast = Fast.from_file(str(file))
+        except Exception as error:
+            raise WeightsError(f"{file} is not a tokenizer: {error}") from error
+        ids = {mark: self._fast.token_to_id(mark) for mark in _MARKS}
+        if lacking := [mark for mark, token in ids.items() if token is None]:
+            raise WeightsError(f"{file} is not BAGEL's: it has no {', '.join(lacking)}")
+        self.start, self.end, self.image_start, self.image_end = ids.values()
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._fast.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of text, with nothing around them.
+
+        Raises:
+            InvalidRequest: it is no Unicode text, since it has half of a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(
+                "text", text, f"character {error.start} is half of a surrogate pair"
+            ) from None
+        return self._fast.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, with marks spelled out; bytes that are no text become U+FFFD."""
+        return self._fast.decode(list(ids), skip_special_tokens=False)
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """Text of ids as users see it, without marks."""
+        return self._fast.decode(list(ids), skip_special_tokens=True)
+
+    def text_span(self, text: str) -> list[int]:
+        """Ids of a piece of text as it stands in a context."""
+        return [self.start, *self.encode(text), self.end]
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """The text of ids that were generated after `start`, up to the first mark around text."""
+        text = self.decode(ids)
+        return min((text.split(mark, 1)[0] for mark in _MARKS[:2]), key=len)
