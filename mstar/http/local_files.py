@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from mstar.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from mstar.http.media import Allowance
+from mstar.http.allowance import Allowance
 
 __all__ = ["read_inside"]
 

@@ -3,66 +3,24 @@ the operator allows them."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import threading
-import time
 from contextvars import ContextVar
 from typing import Any
 
 from mstar.errors import InvalidRequest
+from mstar.http.allowance import Allowance
 from mstar.http.front import Front, off_loop
 from mstar.http.limits import check_media
 from mstar.http.local_files import read_inside
 from mstar.http.remote import fetch
 from mstar.http.settings import Settings
+from mstar.io.data_url import decode_data_url
 from mstar.io.sniff import kind_of
 
-__all__ = ["Allowance", "media_bytes", "new_allowance"]
+__all__ = ["media_bytes", "new_allowance"]
 
 _LARGE = 1 << 30  # work that is never done on the event loop
 _ANY_NAME = {"image": "x.png", "audio": "x.wav", "video": "x.mp4"}
 _allowance: ContextVar[Allowance] = ContextVar("mstar_media_allowance")
-
-
-class Allowance:
-    """What one request may still fetch: as many bytes and seconds as a body may have.
-
-    Safe to use from several threads.
-    """
-
-    most = 64  # media of one request
-
-    def __init__(self, settings: Settings) -> None:
-        self._bytes, self._seconds = settings.max_media_bytes, settings.body_timeout
-        self._end: float | None = None
-        self._count = 0
-        self._lock = threading.Lock()
-
-    def begin(self, field: str) -> float:
-        """Count one more; the seconds that are left.
-
-        Raises:
-            InvalidRequest: it is one too many, or no time is left.
-        """
-        with self._lock:
-            self._count += 1
-            self._end = self._end or time.monotonic() + self._seconds
-            if self._count > self.most:
-                raise InvalidRequest(field, None, f"more than {self.most} media are fetched")
-            if self._end <= time.monotonic():
-                raise InvalidRequest(field, None, "the media did not come in time")
-            return self._end - time.monotonic()
-
-    def left(self) -> int:
-        """The bytes that are left."""
-        return self._bytes
-
-    def take(self, count: int) -> bool:
-        """Whether there was room for these bytes."""
-        with self._lock:
-            self._bytes -= count
-            return self._bytes >= 0
 
 
 def new_allowance(settings: Settings) -> None:
@@ -88,7 +46,7 @@ async def media_bytes(front: Front, kind: str, url: Any, field: str) -> bytes:
         raise InvalidRequest(field, url, "must be a data URL, as a string")
     scheme = url[:8].partition(":")[0].lower() if ":" in url[:8] else ""
     if scheme == "data":
-        data = await off_loop(_decoded, url, field, size=len(url))
+        data = await off_loop(decode_data_url, field, url, size=len(url))
     elif scheme in ("http", "https"):
         if not settings.allow_remote_media:
             allowed = "must be a data URL: nothing is fetched without --allow-remote-media"
@@ -104,16 +62,6 @@ async def media_bytes(front: Front, kind: str, url: Any, field: str) -> bytes:
         data = await off_loop(read_inside, settings.media_dir, url, field, allowance, size=_LARGE)
     await off_loop(_check, settings, kind, data, field, size=_LARGE)
     return data
-
-
-def _decoded(url: str, field: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma or not head.lower().endswith(";base64"):
-        raise InvalidRequest(field, url[:80], "a data URL must be base64")
-    try:
-        return base64.b64decode(data, validate=True)
-    except (ValueError, binascii.Error):
-        raise InvalidRequest(field, data[:80], "is not base64") from None
 
 
 def _check(settings: Settings, kind: str, data: bytes, field: str) -> None:

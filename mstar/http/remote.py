@@ -18,7 +18,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import quote, urljoin, urlsplit
 
 import certifi
@@ -26,9 +26,7 @@ import certifi
 import mstar
 from mstar.errors import InvalidRequest
 from mstar.http.addresses import is_public
-
-if TYPE_CHECKING:
-    from mstar.http.media import Allowance
+from mstar.http.allowance import Allowance
 
 __all__ = ["fetch"]
 

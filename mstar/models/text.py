@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mstar.engine.lm import Generation
@@ -69,29 +68,26 @@ class TextGeneration:
         self._text = TextStream(decode, stop)
         self._told = 0
 
-    async def __aiter__(self) -> AsyncIterator[str]:
-        text = self._text
-        async with aclosing(aiter(self._tokens)) as tokens:
-            async for token in tokens:
-                self.ids.append(token)
-                if piece := text.push(token):
-                    yield piece
-                if text.stopped:
-                    break
+    async def each(self, give: Callable[[str], None]) -> None:
+        """Call `give` with every piece, as soon as it is certain."""
+        text, tokens = self._text, aiter(self._tokens)
+        async for token in tokens:
+            self.ids.append(token)
+            if piece := text.push(token):
+                give(piece)
+            if text.stopped:
+                break
+        await tokens.aclose()
         if not text.stopped and (piece := text.finish()):
-            yield piece
+            give(piece)
         self.finish_reason = "stop" if text.stopped else self._tokens.finish_reason
 
-    async def emit(self, request: Request) -> str:
-        """Give every piece to the caller as it comes; returns the whole text.
+    async def emit(self, request: Request) -> None:
+        """Give every piece to the caller as it comes.
 
         With the parameter `logprobs`, the metadata of a piece tell of its tokens.
         """
-        pieces = []
-        async for piece in self:
-            pieces.append(piece)
-            request.emit_text(piece, **self._news())
-        return "".join(pieces)
+        await self.each(lambda piece: request.emit_text(piece, **self._news()))
 
     def _news(self) -> dict[str, Any]:
         fresh = self._tokens.scores[self._told :]

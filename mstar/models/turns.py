@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mstar.errors import InvalidRequest
+from mstar.io.data_url import decode_base64, decode_data_url
 from mstar.models.base import Inputs
 
 __all__ = ["ROLES", "Part", "Turn", "turns_of"]
@@ -112,7 +111,7 @@ def _part(part: Any) -> Part:
     if kind in _FIELDS and value is not None:
         return Part(kind, value)
     if kind == "input_audio" and isinstance(value, Mapping):
-        return Part("audio", _decoded(value.get("data")))
+        return Part("audio", decode_base64("messages", value.get("data")))
     for medium in _FIELDS:
         if kind == f"{medium}_url":
             url = value.get("url") if isinstance(value, Mapping) else value
@@ -123,14 +122,4 @@ def _part(part: Any) -> Part:
 def _of_url(url: Any) -> bytes:
     if not isinstance(url, str) or not url.startswith("data:"):
         raise InvalidRequest("messages", url, "URLs must be data URLs: nothing is fetched")
-    head, comma, data = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise InvalidRequest("messages", url[:80], "a data URL must be base64")
-    return _decoded(data)
-
-
-def _decoded(data: Any) -> bytes:
-    try:
-        return base64.b64decode(data, validate=True)
-    except (TypeError, ValueError, binascii.Error):
-        raise InvalidRequest("messages", data, "is not base64") from None
+    return decode_data_url("messages", url)

@@ -43,8 +43,7 @@ def generate(network, look_ahead, stop=(), **params):
         with lm.open_cache() as kv:
             tokens = lm.generate(kv, PROMPT, SamplingParams(temperature=0, **params))
             text = TextGeneration(tokens, decode, stop)
-            async for piece in text:
-                pieces.append(piece)
+            await text.each(pieces.append)
             outcome.update(reason=text.finish_reason, length=kv.length)
         runtime.stop()
 

@@ -40,8 +40,14 @@ def array(value: Any) -> np.ndarray:
 
 
 def arrays(value: Any) -> list[np.ndarray]:
-    """`vae_noise`: one array for each image of the input."""
-    return [array(item) for item in value] if isinstance(value, (list, tuple)) else [array(value)]
+    """`vae_noise`: one array `[channels, height, width]` for each image of the input."""
+    try:
+        found = array(value)
+    except ValueError:  # images of several sizes
+        if not isinstance(value, (list, tuple)):
+            raise
+        return [array(item) for item in value]
+    return list(found) if found.ndim > 3 else [found]
 
 
 def _together(values: dict[str, Any]) -> None:
@@ -167,7 +173,7 @@ _IMAGE = [
         "vae_noise",
         arrays,
         nullable=True,
-        accepts="an array [1, channels, height / 8, width / 8], or a list of those, one per image",
+        accepts="an array [channels, height / 8, width / 8], or a list of those, one per image",
         help="noise of the encoded input images instead of that of the seed",
     ),
     Parameter(

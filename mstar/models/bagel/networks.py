@@ -130,7 +130,7 @@ def load_networks(
             randomize(module, device=device, dtype=kind)
         else:
             load(module, _open(folder / name), device=device, dtype=kind, progress=progress)
-    return bagel, autoencoder.to(memory_format=torch.channels_last)
+    return bagel, autoencoder
 
 
 def _open(file: Path) -> Checkpoint:

@@ -23,6 +23,7 @@ __all__ = [
     "unpatchify",
 ]
 
+_READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others may run programs to be read
 _DEEP = 65535  # white, in an image of 16 bits
 
 
@@ -33,7 +34,7 @@ def open_image(data: bytes) -> Image.Image:
         ValueError: it is none, is broken, or has more than `MAX_PIXELS` pixels.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_READABLE)
         _check_size(image)
         image.load()
     except Image.DecompressionBombError as error:

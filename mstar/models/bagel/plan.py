@@ -133,7 +133,7 @@ class Planner:
         for array, shape in zip(given, shapes, strict=True):
             if array.shape not in (shape, shape[1:]):
                 raise InvalidRequest(
-                    "vae_noise", f"array {array.shape}", f"must be {shape} for this image"
+                    "vae_noise", f"array {array.shape}", f"must be {shape[1:]} for this image"
                 )
             noise.append(torch.tensor(array).view(shape))
         return noise

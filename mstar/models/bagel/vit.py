@@ -86,11 +86,9 @@ class VisionEncoder(nn.Module):
 
     def sources(self, name: str) -> Sequence[Source]:
         """Where parameter `name` is in a checkpoint: projections that we run as one are apart."""
-        return (
-            (Source(tuple(name.replace("qkv_proj", f"{part}_proj") for part in "qkv")),)
-            if ("qkv_proj" in name)
-            else (Source((name,)),)
-        )
+        if "qkv_proj" not in name:
+            return (Source((name,)),)
+        return (Source(tuple(name.replace("qkv_proj", f"{part}_proj") for part in "qkv")),)
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Encode images.

@@ -1,0 +1,303 @@
+"""BAGEL end to end: the published results, alone and in any company."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+from asking import DATA, assert_same_picture, file_of, levels, request_of
+from safetensors.numpy import load_file
+
+from mstar import Engine, RequestCancelled
+from mstar.types import ImageChunk, ProgressChunk, TextChunk
+
+GOLDEN = load_file(DATA / "goldens.safetensors")
+CASES = json.loads((DATA / "goldens.json").read_text())["cases"]
+BRIEF = {"num_timesteps": 5, "width": 64, "height": 64, "output_modalities": ("image",)}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine("bagel-tiny") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module", params=["cached", "uncached", "small chunks", "look ahead"])
+def any_engine(request):
+    options = {
+        "cached": {},
+        "uncached": {"prefix_cache": False},
+        "small chunks": {"token_budget": 7},
+        "look ahead": {"look_ahead": True},
+    }[request.param]
+    with Engine("bagel-tiny", **options) as engine:
+        yield engine
+
+
+def assert_golden(name, result):
+    case = CASES[name]
+    assert result.text == case.get("output_text", "")
+    if case["kind"] == "image_out":
+        (png,) = result.images
+        assert_same_picture(levels(png), GOLDEN[f"{name}.image"])
+    elif case["stop_reason"] == "length":
+        assert result.finish_reason == "length"
+    else:
+        assert result.finish_reason == "stop"
+
+
+def pages_used(engine):
+    return engine.stats()["nodes"]["lm"]["pages"]["used"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_the_published_ones(name, any_engine):
+    assert_golden(name, any_engine.generate(**request_of(CASES[name])))
+
+
+def test_results_are_the_published_ones_with_all_in_flight(engine):
+    """Twice each, in any order. Pictures stay within the rounding of products of other heights."""
+    names = [*CASES, *CASES]
+    random.Random(0).shuffle(names)
+    handles = [engine.submit(**request_of(CASES[name])) for name in names]
+    for name, handle in zip(names, handles, strict=True):
+        assert_golden(name, handle.result(120))
+    assert pages_used(engine) == 0
+    assert max(engine.stats()["nodes"]["lm"]["batch_sizes"]) > 8
+
+
+def test_too_small_a_cache_only_takes_longer():
+    names = ["edit_text_channel", "t2i_think", "interleave", "und", "edit_think"] * 2
+    with Engine("bagel-tiny", kv_tokens=800) as engine:
+        handles = [engine.submit(**request_of(CASES[name])) for name in names]
+        for name, handle in zip(names, handles, strict=True):
+            assert_golden(name, handle.result(120))
+        assert pages_used(engine) == 0
+        assert engine.stats()["nodes"]["lm"]["pages"]["preemptions"] > 0
+
+
+def test_a_seed_decides_the_picture(engine):
+    first, again, other = (
+        engine.generate_image("A boat", seed=seed, **_without_outputs(BRIEF)) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+    assert engine.generate_image("A boat", **_without_outputs(BRIEF)) != engine.generate_image(
+        "A boat", **_without_outputs(BRIEF)
+    )
+
+
+def test_noise_can_be_given_instead_of_a_seed(engine):
+    case = CASES["edit_text_channel"]
+    noise = GOLDEN["edit_text_channel.noise"]
+    (eps,) = [GOLDEN[name] for name in GOLDEN if name.startswith("edit_text_channel.vae0.eps")]
+    asked = {**request_of(case), "seed": 5}
+    for vae_noise in (eps, [eps], eps.tolist()):
+        result = engine.generate(**asked, latents=noise, vae_noise=vae_noise)
+        assert_golden("edit_text_channel", result)
+
+
+def test_several_images_come_from_noise_that_follows_on(engine):
+    asked = {**BRIEF, "text": "A boat", "seed": 3}
+    several = engine.generate(**asked, num_images=3)
+    single = engine.generate(**asked)
+    assert_same_picture(levels(several.images[0]), levels(single.images[0]))
+    assert len(set(several.images)) == 3
+    chunks = [event for event in several.raw if isinstance(event, ImageChunk)]
+    assert [chunk.metadata for chunk in chunks] == [{"index": i, "seed": 3} for i in range(3)]
+    assert several.usage.generated_tokens == 3 * single.usage.generated_tokens == 3 * 16
+
+
+def test_branches_that_make_no_difference_are_not_computed():
+    def calls(**more):
+        with Engine("bagel-tiny") as engine:
+            engine.generate(text="A boat", **{**BRIEF, "num_timesteps": 50, **more})
+            lm = engine.stats()["nodes"]["lm"]
+            return lm["calls"] - 1  # one for the prompt
+
+    assert calls() == 49 + 41  # with the guidance by images of the default, which needs no pass
+    assert calls(cfg_interval=(0, 1)) == 2 * 49
+    assert calls(cfg_text_scale=1.0) == 49
+    assert calls(cfg_interval=(0, 0)) == 49
+    assert calls(enable_taylorseer=True) < 49
+
+
+def test_the_branches_of_a_step_share_a_batch():
+    with Engine("bagel-tiny") as engine:
+        engine.generate(**{**request_of(CASES["edit_text_channel"]), "num_timesteps": 9})
+        assert engine.stats()["nodes"]["lm"]["batch_sizes"][3] == 8
+
+
+def test_requests_at_different_steps_share_batches(engine):
+    before = engine.stats()["nodes"]["flow"]["batch_sizes"]
+    handles = []
+    for seed in range(4):
+        handles.append(engine.submit(text="A boat", seed=seed, **{**BRIEF, "num_timesteps": 40}))
+        time.sleep(0.02)
+    alone = [handle.result(60).images[0] for handle in handles]
+    after = engine.stats()["nodes"]["flow"]["batch_sizes"]
+    assert after.get(4, 0) > before.get(4, 0)
+    for seed, png in enumerate(alone):
+        again = engine.generate(text="A boat", seed=seed, **{**BRIEF, "num_timesteps": 40})
+        assert_same_picture(levels(png), levels(again.images[0]))
+
+
+def test_a_picture_is_encoded_once_for_all_questions():
+    with Engine("bagel-tiny") as engine:
+        cached = []
+        for question in ("What is it?", "Where is it?", "What is it?"):
+            result = engine.chat(question, images=file_of("image0.png"), max_output_tokens=4)
+            cached.append(result.usage.cached_tokens)
+            assert result.usage.image_tokens == 110
+        assert cached[0] == 0
+        assert cached[1] >= 110
+        assert engine.stats()["nodes"]["vision"]["calls"] == 1
+
+
+def test_text_of_a_thought_comes_before_the_image(engine):
+    case = request_of(CASES["t2i_think"])
+    events = list(engine.generate(**{**case, "output_modalities": ("text", "image")}, stream=True))
+    kinds = [type(event) for event in events if event.finish_reason is None]
+    assert kinds == [TextChunk] * (len(kinds) - 1) + [ImageChunk]
+    assert (
+        "".join(e.text for e in events if isinstance(e, TextChunk))
+        == (CASES["t2i_think"]["output_text"])
+    )
+
+
+def test_progress_and_previews_are_told_on_the_way(engine):
+    asked = {**request_of(CASES["t2i_global"]), "progress": True, "preview_every": 3}
+    events = list(engine.generate(**asked, stream=True))
+    told = [event for event in events if isinstance(event, ProgressChunk)]
+    assert [(event.step, event.steps) for event in told] == [(i, 8) for i in range(1, 9)]
+    previews = {event.step: levels(event.preview) for event in told if event.preview}
+    assert sorted(previews) == [3, 6]
+    final = GOLDEN["t2i_global.image"]
+    distance = {
+        step: np.abs(preview.astype(float) - final).mean() for step, preview in previews.items()
+    }
+    assert distance[6] < distance[3]
+    assert isinstance(events[events.index(told[-1]) + 1], ImageChunk)
+
+
+def test_without_asking_there_is_neither_progress_nor_preview(engine):
+    events = list(engine.generate(**{**BRIEF, "text": "A boat"}, stream=True))
+    assert not any(isinstance(event, ProgressChunk) for event in events)
+
+
+def test_a_request_can_be_cancelled_between_steps(engine):
+    handle = engine.submit(text="A boat", progress=True, **{**BRIEF, "num_timesteps": 1000})
+    next(iter(handle))
+    handle.cancel()
+    with pytest.raises(RequestCancelled):
+        handle.result(10)
+    assert len(handle.taken(0)[0]) < 900
+    assert pages_used(engine) == 0
+
+
+def test_a_negative_prompt_takes_the_place_of_nothing(engine):
+    asked = {**BRIEF, "text": "A boat", "seed": 1}
+    plain, none, away = (
+        engine.generate(**asked, negative_prompt=text).images[0] for text in (None, " ", "a car")
+    )
+    assert plain == none
+    assert plain != away
+
+
+def test_order_is_kept_and_matters(engine):
+    image = file_of("image0.png")
+
+    def said(**given):
+        return engine.generate(**given, max_output_tokens=12).text
+
+    first = said(text="What?", images=image)
+    assert first == said(text="What?", images=image, input_modalities=("image", "text"))
+    parts = [{"type": "text", "text": "What?"}, {"type": "image", "image": image}]
+    last = said(messages=[{"role": "user", "content": parts}])
+    assert last == said(text="What?", images=image, input_modalities=("text", "image"))
+    assert first != last
+
+
+def test_a_conversation_is_its_texts_in_order(engine):
+    """There are no roles in the prompt layout: an answer in the history is a text as any other."""
+    question = {"role": "user", "content": "Hello there"}
+    answer = engine.generate(messages=[question], max_output_tokens=6)
+    history = [question, {"role": "assistant", "content": answer.text}]
+    more = engine.generate(
+        messages=[*history, {"role": "user", "content": "And?"}], max_output_tokens=6
+    )
+    assert more.usage.prompt_tokens > answer.usage.prompt_tokens
+    assert more.text != answer.text
+    system = {"role": "system", "content": "Be brief."}
+    assert engine.generate(messages=[system, question], max_output_tokens=6).text != answer.text
+
+
+def test_text_can_be_sampled_stopped_and_scored(engine):
+    asked = {"text": "Write a short poem", "max_output_tokens": 20}
+    greedy = engine.generate(**asked)
+    drawn = [engine.generate(**asked, temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    stop = greedy.text[8:11]
+    stopped = engine.generate(**asked, stop=[stop])
+    assert stopped.text == greedy.text[: greedy.text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    scored = engine.generate(**asked, logprobs=2)
+    scores = [s for e in scored.raw for s in e.metadata.get("logprobs", ())]
+    assert scored.text == greedy.text == "".join(score["token"] for score in scores)
+    assert all(score["top_logprobs"][0]["logprob"] == score["logprob"] for score in scores)
+    assert len(scores[0]["top_logprobs"]) == 2
+
+
+def test_requests_from_many_threads_are_cancelled_and_served_side_by_side(engine):
+    names = ["t2i_global", "edit_global", "und", "chat"]
+    failures = []
+
+    def client(index):
+        random_ = random.Random(index)
+        for _ in range(3):
+            name = random_.choice(names)
+            handle = engine.submit(**request_of(CASES[name]))
+            if random_.random() < 0.4:
+                time.sleep(random_.random() * 0.2)
+                handle.cancel()
+                continue
+            try:
+                assert_golden(name, handle.result(120))
+            except AssertionError as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=client, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    deadline = time.monotonic() + 10
+    while pages_used(engine) or engine.stats()["requests"]["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_published_sizes_load_with_random_weights_of_fewer_layers(tmp_path):
+    """`load_format="dummy"` reads configs only; here with a body that fits into a test."""
+    from mstar.models.bagel.card import CARD
+
+    for file in (CARD.full / "bagel").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "llm_config.json").read_text())
+    small = {"num_hidden_layers": 1, "hidden_size": 112, "intermediate_size": 64}
+    (tmp_path / "llm_config.json").write_text(json.dumps({**config, **small}))
+    vision = json.loads((tmp_path / "vit_config.json").read_text())
+    (tmp_path / "vit_config.json").write_text(json.dumps({**vision, "num_hidden_layers": 2}))
+    with Engine("bagel", weights=tmp_path, load_format="dummy", kv_tokens=4096) as engine:
+        asked = {"num_timesteps": 2, "width": 64, "height": 32}
+        (image,) = engine.generate(text="x", output_modalities=("image",), **asked).images
+        assert levels(image).shape == (32, 64, 3)
+
+
+def _without_outputs(asked):
+    return {name: value for name, value in asked.items() if name != "output_modalities"}
