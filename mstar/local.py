@@ -59,6 +59,10 @@ class Engine(GenerateMethods):
             GPU, whose decode steps are only replayed once they were captured).
         progress: show a bar on stderr while weights are read (default: if that is a terminal).
 
+    Attributes:
+        card: what can be known about the model's family.
+        name: the registry name or repository that was given; the family's for a folder.
+
     Raises:
         ModelNotFound: no such model, folder or repository.
         WeightsError: the checkpoint does not fit.
@@ -97,6 +101,7 @@ class Engine(GenerateMethods):
         self.device = device_for(device)
         target = registry.find(model, weights)
         self.card = target.card
+        self.name = target.name
         self.model: Model = load_model(
             target,
             device=self.device,

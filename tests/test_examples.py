@@ -23,10 +23,13 @@ def test_an_example_runs(example, tmp_path):
     assert run([str(example)], tmp_path)
 
 
-def test_the_readme_program_runs(tmp_path):
-    block = re.search(r"## In Python\n\n```python\n(.*?)```", README, re.S)[1]
-    (tmp_path / "program.py").write_text(block)
-    run(["program.py"], tmp_path)
+def test_the_readme_programs_run(tmp_path):
+    section = re.search(r"## In Python\n(.*?)\n## ", README, re.S)[1]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        (tmp_path / "program.py").write_text(block)
+        run(["program.py"], tmp_path)
     assert (tmp_path / "hello.wav").stat().st_size == 44 + 2 * 24576
 
 

@@ -48,7 +48,8 @@ def create_app(
 
     Args:
         engine: a running `Engine`.
-        served_model_name: what clients may call the model, beside its own name; the first is shown.
+        served_model_name: what clients may call the model, beside the names of its own; the first
+            is shown.
         api_key: clients must send it as `Authorization: Bearer KEY`.
         max_body_mb: longest request body, in MiB.
         request_timeout: seconds that any request may take; `None` for no limit.
@@ -75,7 +76,7 @@ def create_app(
     if media_dir is not None and not Path(media_dir).is_dir():
         raise InvalidRequest("media_dir", str(media_dir), "is no folder")
     settings = Settings(
-        names=tuple(dict.fromkeys([*served_model_name, engine.card.name])),
+        names=tuple(dict.fromkeys([*served_model_name, engine.name, engine.card.name])),
         api_key=api_key or None,
         max_body_bytes=int(max_body_mb * 2**20),
         body_timeout=body_timeout,

@@ -37,12 +37,14 @@ Weights = str | PathLike | Mapping[str, str | PathLike] | None
 class Target:
     """What a user's arguments mean: a family, and where each part's files come from.
 
-    `sources` maps part -> a local folder (`Path`) or a hub repository id (`str`).
+    `sources` maps part -> a local folder (`Path`) or a hub repository id (`str`); `name` is the
+    registry name or the repository that was given, or the family's for a folder.
     """
 
     card: ModelCard
     sources: dict[str, str | Path]
     tiny: bool = False
+    name: str = ""
 
 
 def names() -> list[str]:
@@ -119,9 +121,10 @@ def find(model: str | PathLike, weights: Weights = None) -> Target:
         sources = card.tiny_sources()
     else:
         card, sources = _from_place(model)
+    name = card.name if isinstance(model, PathLike) or Path(model).is_dir() else model
     if weights is not None:
         sources = sources | _parts(card, weights)
-    return Target(card, sources, tiny)
+    return Target(card, sources, tiny, name)
 
 
 def _from_place(model: str | PathLike) -> tuple[ModelCard, dict[str, str | Path]]:

@@ -82,6 +82,6 @@ def speaker() -> Iterator[Site]:
     """The tiny Orpheus, shared."""
     with (
         Engine("orpheus-tiny") as engine,
-        serving(engine, create_app(engine, served_model_name=["orpheus-tiny", "tts-1"])) as site,
+        serving(engine, create_app(engine, served_model_name=["tts-1"])) as site,
     ):
         yield site

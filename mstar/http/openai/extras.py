@@ -34,7 +34,7 @@ def model_parameters(
         if name in card.parameters:
             found[name] = value
         else:
-            ignored.append(name[:40])
+            ignored.append(repr(name[:40]))
     if ignored:
         log.warning("ignored fields that %s does not have: %s", card.name, ", ".join(ignored[:20]))
     return found
