@@ -169,8 +169,12 @@ class Loop:
         self.returned = [token for token in ids[1:limit] if token != self.tokenizer.end]
         return self.tokenizer.answer(self.returned)
 
-    def draw(self, height: int, width: int, params: dict) -> Tensor:
-        """An image as bytes `[height, width, 3]`."""
+    def draw(self, height: int, width: int, params: dict, *, every: bool = False) -> Tensor:
+        """An image as bytes `[height, width, 3]`.
+
+        Args:
+            every: compute all branches in every step, also those that make no difference.
+        """
         params = {**DEFAULTS, **params}
         unit = self.bagel.config.latent_downsample
         grid = height // unit, width // unit
@@ -196,8 +200,8 @@ class Loop:
             v = {}
             for name in (
                 "main",
-                *["cfg_text"] * guidance.by_text,
-                *["cfg_img"] * guidance.by_image,
+                *["cfg_text"] * (every or guidance.by_text),
+                *["cfg_img"] * (every or guidance.by_image),
             ):
                 noted = "step0" if index == 0 and name == "main" else None
                 seer = seers.get(name)
