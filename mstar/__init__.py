@@ -34,6 +34,7 @@ _HOME = {
         "Usage",
     ),
     "mstar.errors": (
+        "DeadlineExceeded",
         "EngineClosed",
         "EngineOverloaded",
         "InvalidRequest",

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "DeadlineExceeded",
     "EngineClosed",
     "EngineOverloaded",
     "InvalidRequest",
@@ -94,6 +95,10 @@ class RequestCancelled(RequestStopped):
 
 class RequestTimeout(RequestStopped, TimeoutError):
     """The request's deadline passed."""
+
+
+class DeadlineExceeded(RequestTimeout):
+    """A policy's actions did not come in time."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -57,6 +57,7 @@ class Engine(GenerateMethods):
             torch's own setting otherwise. Other threads of the process keep theirs.
         warmup: run or capture beforehand what the first request would wait for (default: on a
             GPU, whose decode steps are only replayed once they were captured).
+        options: of the model's family, by name: pi05 takes `statistics`, for example.
         progress: show a bar on stderr while weights are read (default: if that is a terminal).
 
     Attributes:
@@ -86,6 +87,7 @@ class Engine(GenerateMethods):
         look_ahead: bool | None = None,
         cpu_threads: int | None = None,
         warmup: bool | None = None,
+        options: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> None:
         _check_sizes(
@@ -113,6 +115,7 @@ class Engine(GenerateMethods):
             token_budget=token_budget,
             prefix_cache=prefix_cache,
             look_ahead=look_ahead,
+            options=dict(options or {}),
             progress=progress,
         )
         threads = cpu_threads or threads_for(sum(map(weight_bytes, self.model.networks)))
@@ -234,6 +237,20 @@ class Engine(GenerateMethods):
     def act(self, **kwargs: Any) -> np.ndarray:
         """Actions of a policy, float32 `[horizon, action_dim]`; arguments as for `generate`."""
         return self.generate(output_modalities=("action",), **kwargs).actions
+
+    def policy(self, robot: Any = None, rename: Mapping[str, str] | None = None) -> Any:
+        """A robot's view of a model that acts; see `mstar.models.pi05.policy.RobotPolicy`.
+
+        Args:
+            robot: a name (`"droid"`, `"libero"`, `"aloha"`), a `Robot`, or the checkpoint's own.
+            rename: key of an observation -> the key that the robot's convention has for it.
+
+        Raises:
+            InvalidRequest: the model is no policy, or the robot is not known.
+        """
+        if "action" not in self.card.outputs:
+            raise InvalidRequest("robot", robot, f"{self.card.name} makes no actions")
+        return self.model.policy_of(self, robot, rename)
 
     # -- the engine ------------------------------------------------------------------------------
 

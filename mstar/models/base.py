@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Setup:
         prefix_cache: keep finished sequences' pages for others with the same beginning.
         look_ahead: see `LanguageModel`.
         progress: called with (done, total, name) while weights are read.
+        options: of the family, by name.
     """
 
     folders: Mapping[str, Path]
@@ -57,6 +58,7 @@ class Setup:
     prefix_cache: bool = True
     look_ahead: bool | None = None
     progress: Callable[[int, int, str], None] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Model:
@@ -88,6 +90,10 @@ class Model:
 
     async def walk(self, request: Request) -> str | None:
         """Serve one request; returns its finish reason (`"stop"` if None)."""
+        raise NotImplementedError
+
+    def policy_of(self, engine: Any, robot: Any, rename: Mapping[str, str] | None) -> Any:
+        """What `Engine.policy` returns, of a model that makes actions."""
         raise NotImplementedError
 
     def warmup(self) -> None:

@@ -25,6 +25,7 @@ __all__ = ["Target", "cards", "find", "get", "identify", "names"]
 _BUILTIN = {
     "bagel": "mstar.models.bagel.card:CARD",
     "orpheus": "mstar.models.orpheus.card:CARD",
+    "pi05": "mstar.models.pi05.card:CARD",
 }
 _GROUP = "mstar.models"
 _TINY = "-tiny"

@@ -87,7 +87,7 @@ def test_tiny_stands_for_the_folders_inside_the_package():
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_known():
     with pytest.raises(ModelNotFound, match=r"did you mean 'orpheus-tiny'.*known names: .*orpheus"):
         registry.find("orpheus-tinny")
-    with pytest.raises(ModelNotFound, match="known: .*orpheus"):
+    with pytest.raises(ModelNotFound, match=r"known: .*orpheus"):
         registry.get("nothing")
     with pytest.raises(ModelNotFound):
         registry.find("")

@@ -18,7 +18,7 @@ from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
 from mstar.engine.prefill import prefill
 from mstar.engine.request import Request
-from mstar.errors import InvalidRequest
+from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.bagel.autoencoder import Autoencoder
 from mstar.models.bagel.contexts import Contexts, Mark, Medium
 from mstar.models.bagel.drawing import Branches, draw
@@ -88,6 +88,11 @@ class Bagel(Model):
             dummy=setup.dummy,
             progress=setup.progress,
         )
+        if tokenizer.size > bagel.decoder.vocab_size:
+            raise WeightsError(
+                f"{folder}: the tokenizer has {tokenizer.size} ids, and the decoder knows "
+                f"{bagel.decoder.vocab_size}"
+            )
         layout = bagel.decoder.kv_layout
         tokens = setup.kv_tokens or kv_tokens_for(
             layout,

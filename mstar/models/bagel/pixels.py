@@ -6,65 +6,19 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from mstar.io.image import MAX_PIXELS
 from mstar.models.bagel.resize import ResizeRule, new_size
 
 __all__ = [
-    "open_image",
     "patchify",
     "resized",
     "to_pixels",
     "to_png",
-    "to_rgb",
     "to_uint8",
     "unpatchify",
 ]
-
-_READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # others may run programs to be read
-_DEEP = 65535  # white, in an image of 16 bits
-
-
-def open_image(data: bytes) -> Image.Image:
-    """The RGB image in a file; the first one of an animation.
-
-    Raises:
-        ValueError: it is none, is broken, or has more than `MAX_PIXELS` pixels.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=_READABLE)
-        _check_size(image)
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the image has more than {MAX_PIXELS} pixels") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{len(data)} bytes that are no image") from error
-    except (OSError, SyntaxError, EOFError, OverflowError) as error:
-        raise ValueError(f"the image is broken: {error}") from error
-    return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as a viewer shows it, in RGB: turned as its EXIF data say, on white.
-
-    Raises:
-        ValueError: it has no pixels, too many, or they cannot be read.
-    """
-    _check_size(image)
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            image = _shallow(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGB", image.size, (255, 255, 255))
-            white.paste(image, mask=image.getchannel("A"))
-            return white
-        return image.convert("RGB")
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"the image is broken: {error}") from error
 
 
 def resized(image: Image.Image, rule: ResizeRule) -> Image.Image:
@@ -107,19 +61,3 @@ def to_png(levels: Tensor) -> bytes:
     out = io.BytesIO()
     Image.fromarray(levels.cpu().numpy()).save(out, "PNG", compress_level=1)
     return out.getvalue()
-
-
-def _check_size(image: Image.Image) -> None:
-    width, height = image.size
-    if not width * height:
-        raise ValueError(f"the image has no pixels: {width} x {height}")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"the image has more than {MAX_PIXELS} pixels: {width} x {height}")
-
-
-def _shallow(image: Image.Image) -> Image.Image:
-    """8 bits of an image of more, of which those from files have 16."""
-    values = np.asarray(image).astype(np.float64).clip(0, _DEEP)
-    if image.mode == "I" and values.max() <= 255:
-        return Image.fromarray(values.astype(np.uint8))
-    return Image.fromarray((values * (255 / _DEEP)).round().astype(np.uint8))

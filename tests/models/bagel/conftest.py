@@ -9,7 +9,7 @@ from bagel_loop import Loop
 from PIL import Image
 from safetensors.torch import load_file
 
-from mstar.models.bagel.pixels import to_rgb
+from mstar.io.rgb import to_rgb
 
 DATA = Path(__file__).parents[2] / "data" / "bagel"
 

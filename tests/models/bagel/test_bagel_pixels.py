@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mstar.io.rgb import open_image, to_rgb
 from mstar.models.bagel.config import BagelConfig
 from mstar.models.bagel.pixels import (
-    open_image,
     patchify,
     resized,
     to_pixels,
     to_png,
-    to_rgb,
     to_uint8,
     unpatchify,
 )

@@ -1,0 +1,135 @@
+"""The card of pi0.5: observations of a robot and a task in words to a chunk of its actions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mstar.errors import InvalidRequest
+from mstar.models.card import ModelCard
+from mstar.models.parameters import Parameter, Parameters
+
+__all__ = ["CARD"]
+
+
+def array(value: Any) -> np.ndarray:
+    """An array of finite numbers, from an array of any library or from lists."""
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu().numpy()
+        found = np.asarray(value)
+        if found.dtype.kind not in "fiub" or not found.size:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError("must be an array of numbers") from None
+    if not np.isfinite(found).all():
+        raise ValueError("must be finite")
+    return found
+
+
+def _together(values: dict[str, Any]) -> None:
+    if values["prev_chunk_left_over"] is None and values["inference_delay"] is not None:
+        raise InvalidRequest(
+            "inference_delay", values["inference_delay"], "goes with prev_chunk_left_over"
+        )
+
+
+PARAMETERS = Parameters(
+    "pi05",
+    [
+        Parameter(
+            "robot_state",
+            array,
+            nullable=True,
+            accepts="the robot's state: numbers, in its own units",
+            help="joints, grippers: as many numbers as the policy was trained with",
+        ),
+        Parameter(
+            "num_steps",
+            int,
+            low=1,
+            high=1000,
+            nullable=True,
+            aliases=("num_inference_steps",),
+            help="steps of the flow; by default those of the checkpoint, 10 as published",
+        ),
+        Parameter(
+            "noise",
+            array,
+            nullable=True,
+            accepts="an array [horizon, 32] of start noise",
+            help="start noise instead of that of the seed",
+        ),
+        Parameter(
+            "seed",
+            int,
+            low=0,
+            high=2**63 - 1,
+            nullable=True,
+            help="same seed, same observation: same actions",
+        ),
+        Parameter(
+            "raw", bool, False, help="actions in the model's normalised space, not in robot units"
+        ),
+        Parameter(
+            "prev_chunk_left_over",
+            array,
+            nullable=True,
+            accepts="an array [rows, action_dim]: what is left of the last chunk, normalised",
+            help="real-time chunking: go on where the last chunk is",
+        ),
+        Parameter(
+            "inference_delay",
+            int,
+            low=0,
+            nullable=True,
+            help="control steps until the chunk arrives",
+        ),
+        Parameter(
+            "execution_horizon", int, 10, low=1, help="rows of a chunk that guidance reaches"
+        ),
+        Parameter(
+            "rtc_mode",
+            str,
+            nullable=True,
+            choices=("guided", "trained"),
+            help="by default trained where the checkpoint was trained for it",
+        ),
+        Parameter(
+            "prefix_attention_schedule",
+            str,
+            "LINEAR",
+            choices=("LINEAR", "EXP", "ONES", "ZEROS"),
+            help="how guidance falls off between the delay and the execution horizon",
+        ),
+        Parameter(
+            "max_guidance_weight",
+            float,
+            10.0,
+            low=0,
+            high=1000,
+            help="largest gain of the guidance",
+        ),
+    ],
+    check=_together,
+)
+
+
+def _recognises(config: dict[str, Any]) -> bool:
+    return config.get("type") == "pi05"
+
+
+CARD = ModelCard(
+    name="pi05",
+    title="pi0.5: camera images, state and a task to robot actions",
+    entry="mstar.models.pi05.model:Pi05",
+    inputs=("text", "image"),
+    outputs=("action",),
+    parameters=PARAMETERS,
+    repos={"pi05": "lerobot/pi05_base"},
+    tiny=Path(__file__).parent / "tiny",
+    full=Path(__file__).parent / "full",
+    recognises=_recognises,
+)

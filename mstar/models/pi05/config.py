@@ -1,0 +1,264 @@
+"""The sizes and habits of a pi0.5 policy, from lerobot's config.json or the layout of openpi.
+
+Whatever a file leaves out has the value of `lerobot/pi05_base`; keys that only training reads are
+ignored. `custom_dims` (test checkpoints only) overrides what the variants stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mstar.models.fields import check_flags, check_numbers, check_sizes, read_object
+from mstar.models.pi05.sizes import VARIANTS, GemmaSizes, VisionSizes
+
+__all__ = ["ACTION", "IMAGES", "OPENPI_CAMERAS", "STATE", "Pi05Config"]
+
+_T = TypeVar("_T")
+
+STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+_MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
+_NORMALISATION = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+
+
+@dataclass(frozen=True)
+class Pi05Config:
+    """A policy.
+
+    Args:
+        layout: `"lerobot"` or `"openpi"`: whose conventions it follows where they differ.
+        cameras: names of the image inputs, in order.
+        empty_cameras: how many of them, at the end, are never there.
+        state_dim, action_dim: of the robot; None where the layout does not say.
+        chunk_size: actions in a chunk, the horizon.
+        normalization_mapping: kind of feature -> mode.
+        state_in_prompt: whether the prompt spells the state out (openpi's `discrete_state_input`).
+        rtc_training_max_delay: the longest hard prefix that it was trained with; 0 for none.
+
+    Raises:
+        ValueError: parts that do not fit each other, or a kind of policy that is not supported.
+    """
+
+    layout: str = "lerobot"
+    vocab_size: int = 257152
+    vision: VisionSizes = field(default_factory=VisionSizes)
+    prefix: GemmaSizes = VARIANTS["gemma_2b"]
+    expert: GemmaSizes = VARIANTS["gemma_300m"]
+    cameras: tuple[str, ...] = OPENPI_CAMERAS
+    empty_cameras: int = 0
+    state_dim: int | None = None
+    action_dim: int | None = None
+    chunk_size: int = 50
+    n_action_steps: int = 50
+    max_state_dim: int = 32
+    max_action_dim: int = 32
+    num_inference_steps: int = 10
+    min_period: float = 0.004
+    max_period: float = 4.0
+    tokenizer_max_length: int = 200
+    normalization_mapping: Mapping[str, str] = field(default_factory=lambda: dict(_NORMALISATION))
+    state_in_prompt: bool = True
+    use_relative_actions: bool = False
+    relative_exclude_joints: tuple[str, ...] = ("gripper",)
+    action_feature_names: tuple[str, ...] | None = None
+    rtc_config: Mapping[str, Any] | None = None
+    rtc_training_max_delay: int = 0
+
+    def __post_init__(self) -> None:
+        values = vars(self)
+        sizes = ("vocab_size", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim")
+        check_sizes(values, (*sizes, "num_inference_steps", "tokenizer_max_length"))
+        check_numbers(values, ("min_period", "max_period"))
+        check_flags(values, ("use_relative_actions", "state_in_prompt"))
+        for name in ("empty_cameras", "rtc_training_max_delay"):
+            if not isinstance(values[name], int) or values[name] < 0:
+                raise ValueError(f"{name}={values[name]!r}: must be an integer of at least 0")
+        for name in ("state_dim", "action_dim"):
+            most = values[f"max_{name}"]
+            if values[name] is None:
+                continue
+            check_sizes(values, (name,))
+            if values[name] > most:
+                raise ValueError(f"{name}={values[name]}: must be at most max_{name}={most}")
+        if len(self.cameras) <= self.empty_cameras:
+            raise ValueError("input_features: there must be an image")
+        if self.n_action_steps > self.chunk_size:
+            raise ValueError(
+                f"n_action_steps={self.n_action_steps}: must be at most chunk_size="
+                f"{self.chunk_size}"
+            )
+        for kind, mode in self.normalization_mapping.items():
+            if mode not in _MODES:
+                raise ValueError(
+                    f"normalization_mapping.{kind}={mode!r}: must be one of {', '.join(_MODES)}"
+                )
+        for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):  # they attend together
+            one, other = getattr(self.prefix, name), getattr(self.expert, name)
+            if one != other:
+                raise ValueError(f"{name}: {one} in the prefix and {other} in the expert")
+
+    @property
+    def norms(self) -> int:
+        """Modulated norms of the expert: two in each layer, and the last one."""
+        return 2 * self.expert.depth + 1
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Pi05Config:
+        """Read a config.json of lerobot, or the one that openpi's converter writes.
+
+        Raises:
+            ValueError: it describes another kind of policy, or none.
+        """
+        config = {name: value for name, value in config.items() if value is not None}
+        if "type" not in config and "action_horizon" in config:
+            return cls._openpi(config)
+        if config.get("type") != "pi05":
+            raise ValueError(f"type={config.get('type')!r}: must be 'pi05'")
+        for name in ("use_visual_memory", "use_proprioceptive_memory"):
+            if config.get(name):
+                raise ValueError(f"{name}=true: policies with a memory (MEM) are not supported")
+        if config.get("n_obs_steps", 1) != 1:
+            raise ValueError(f"n_obs_steps={config['n_obs_steps']!r}: must be 1")
+        known = {
+            name: value
+            for name, value in config.items()
+            if name in cls.__dataclass_fields__ and name not in _OURS
+        }
+        for name in ("relative_exclude_joints", "action_feature_names"):
+            if name in known:
+                known[name] = tuple(known[name])
+        known["normalization_mapping"] = {
+            **_NORMALISATION,
+            **{k: _mode(v) for k, v in _object(config, "normalization_mapping").items()},
+        }
+        features = _object(config, "input_features")
+        if features:
+            known["cameras"] = tuple(
+                name.removeprefix(IMAGES)
+                for name, feature in features.items()
+                if feature.get("type") == "VISUAL"
+            )
+        empty = config.get("empty_cameras", 0)
+        known["cameras"] = _with_empty(known.get("cameras", cls.cameras), empty)
+        known["state_dim"] = _width(features, STATE)
+        known["action_dim"] = _width(_object(config, "output_features"), ACTION)
+        return cls(**known, **_networks(config))
+
+    @classmethod
+    def _openpi(cls, config: Mapping[str, Any]) -> Pi05Config:
+        names = {"action_horizon": "chunk_size", "action_dim": "max_action_dim"}
+        renamed = {new: config[old] for old, new in names.items() if old in config}
+        renamed["n_action_steps"] = renamed["chunk_size"]
+        if "discrete_state_input" in config:
+            renamed["state_in_prompt"] = config["discrete_state_input"]
+        return cls(layout="openpi", **renamed, **_networks(config))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Pi05Config:
+        """Read a checkpoint's config.json. Older exports of openpi have none, but `assets`.
+
+        Raises:
+            FileNotFoundError: there is neither.
+            ValueError: it describes another kind of policy, or none.
+        """
+        folder = Path(folder)
+        file, assets = folder / "config.json", folder / "assets"
+        if file.exists() or not assets.is_dir():
+            config = read_object(file)
+            if "type" in config or "action_horizon" not in config:
+                return cls.from_dict(config)
+        else:
+            config = {}
+        robots = [path.parent.name for path in sorted(assets.glob("**/norm_stats.json"))]
+        known = _EXPORTS.get(robots[0], {}) if len(robots) == 1 else {}
+        return cls.from_dict({"action_horizon": cls.chunk_size, **known, **config})
+
+    def with_horizon(self, horizon: int) -> Pi05Config:
+        """The same policy with chunks of another length, which no weight depends on."""
+        return replace(self, chunk_size=horizon, n_action_steps=min(horizon, self.n_action_steps))
+
+
+# openpi's named train configs, by the folder of their statistics, for what exports leave out.
+_EXPORTS: dict[str, dict[str, Any]] = {
+    "droid": {"action_horizon": 15},
+    "libero": {"action_horizon": 10, "discrete_state_input": False},
+    "trossen": {"action_horizon": 50},
+}
+# Fields that are not read as they are written.
+_OURS = ("layout", "vision", "prefix", "expert", "cameras", "state_dim", "action_dim", "vocab_size")
+
+
+def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes of the networks: those of the variants, unless `custom_dims` has others."""
+    custom = _object(config, "custom_dims")
+    found: dict[str, Any] = {}
+    for part, name, default in (
+        ("prefix", "paligemma_variant", "gemma_2b"),
+        ("expert", "action_expert_variant", "gemma_300m"),
+    ):
+        variant = config.get(name, default)
+        if variant not in VARIANTS:
+            raise ValueError(f"{name}={variant!r}: must be one of {', '.join(VARIANTS)}")
+        found[part] = _sized(VARIANTS[variant], custom, part)
+    vision = _sized(VisionSizes(), custom, "vision")
+    found["vision"] = replace(
+        vision, image_size=_resolution(config.get("image_resolution", (224, 224)), vision)
+    )
+    if "vocab_size" in custom:
+        found["vocab_size"] = custom["vocab_size"]
+    return found
+
+
+def _sized(default: _T, custom: Mapping[str, Any], part: str) -> _T:
+    given = _object(custom, part)
+    if unknown := sorted(set(given) - set(vars(default))):
+        raise ValueError(f"custom_dims.{part} has unknown {', '.join(unknown)}")
+    try:
+        return replace(default, **given)
+    except ValueError as error:
+        raise ValueError(f"custom_dims.{part}.{error}") from error
+
+
+def _resolution(value: Any, vision: VisionSizes) -> tuple[int, int]:
+    size = vision.patch_size
+    if (
+        not isinstance(value, Sequence)
+        or len(value) != 2
+        or not all(isinstance(side, int) and side >= size and side % size == 0 for side in value)
+    ):
+        raise ValueError(
+            f"image_resolution={value!r}: must be a height and a width, multiples of {size}"
+        )
+    return tuple(value)
+
+
+def _with_empty(cameras: tuple[str, ...], count: Any) -> tuple[str, ...]:
+    """Cameras with those appended that are never there, unless they are listed already."""
+    if not isinstance(count, int):
+        raise ValueError(f"empty_cameras={count!r}: must be an integer of at least 0")
+    empty = tuple(f"empty_camera_{index}" for index in range(count))
+    return tuple(name for name in cameras if name not in empty) + empty
+
+
+def _width(features: Mapping[str, Any], name: str) -> int | None:
+    """How many numbers a feature has."""
+    if name not in features:
+        return None
+    shape = features[name].get("shape")
+    if not isinstance(shape, list) or len(shape) != 1:
+        raise ValueError(f"{name}: its shape is {shape!r}, and must be one number")
+    return shape[0]
+
+
+def _mode(value: Any) -> Any:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{name}={found!r}: must be an object")
+    return found or {}

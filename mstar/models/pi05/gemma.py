@@ -1,0 +1,220 @@
+"""The two Gemmas of pi0.5 (Gemma Team 2024; Black et al., pi0, arXiv 2410.24164, section IV).
+
+The prefix reads images and text once. The action expert has a layer for each of the prefix's; it
+attends to that layer's keys and values and to its own. Its norms are modulated by the timestep
+(adaRMS): scale, shift and gate come from outside, see `timestep.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mstar.engine.kernels.gated import gelu_tanh_mul
+from mstar.engine.kernels.rms_norm import rms_norm
+from mstar.engine.layers.linear import linear
+from mstar.engine.layers.rotary import Rotary
+from mstar.engine.weights import Source
+from mstar.engine.kernels.ada_norm import ada_norm
+from mstar.models.pi05.attention import KeysValues, attend, rotated
+from mstar.models.pi05.sizes import GemmaSizes
+
+__all__ = ["Expert", "Prefix"]
+
+_EPS = 1e-6
+_THETA = 10000.0
+
+
+class _Weight(nn.Module):
+    """One parameter called `weight`, not initialised."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class _Layer(nn.Module):
+    """What layers of both have. Queries, keys and values are one product; gate and up, too.
+
+    Args:
+        whole: False for a layer that is asked for keys and values only.
+    """
+
+    def __init__(self, sizes: GemmaSizes, whole: bool = True) -> None:
+        super().__init__()
+        self.sizes = sizes
+        width, rows = sizes.width, sizes.num_heads * sizes.head_dim
+        self.kv_rows = 2 * sizes.num_kv_heads * sizes.head_dim
+        self.qkv_proj = _Weight(self.kv_rows + rows * whole, width)
+        if whole:
+            self.o_proj = _Weight(width, rows)
+            self.gate_up_proj = _Weight(2 * sizes.mlp_dim, width)
+            self.down_proj = _Weight(width, sizes.mlp_dim)
+
+    def project(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[batch, tokens, heads, head_dim]` and `keys_values`."""
+        heads, kv_heads = self.sizes.num_heads, self.sizes.num_kv_heads
+        qkv = self.qkv_proj(h).unflatten(-1, (-1, self.sizes.head_dim))
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], 2)
+        return rotated(q, angles), rotated(k, angles).transpose(1, 2), v.transpose(1, 2)
+
+    def keys_values(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values `[batch, kv_heads, tokens, head_dim]`."""
+        kv = linear(h, self.qkv_proj.weight[-self.kv_rows :])
+        k, v = kv.unflatten(-1, (-1, self.sizes.head_dim)).chunk(2, 2)
+        return rotated(k, angles).transpose(1, 2), v.transpose(1, 2)
+
+    def mlp(self, h: Tensor) -> Tensor:
+        """The gated MLP."""
+        return self.down_proj(gelu_tanh_mul(self.gate_up_proj(h)))
+
+    @staticmethod
+    def sources(layer: str, path: str) -> Source:
+        """Where parameter `path` of a layer is; projections that we run as one are apart."""
+        module = path.split(".")[0]
+        if module in ("qkv_proj", "o_proj"):
+            parts = ("q_proj", "k_proj", "v_proj") if module == "qkv_proj" else (module,)
+            return Source(tuple(f"{layer}self_attn.{part}.weight" for part in parts))
+        if module in ("gate_up_proj", "down_proj"):
+            parts = ("gate_proj", "up_proj") if module == "gate_up_proj" else (module,)
+            return Source(tuple(f"{layer}mlp.{part}.weight" for part in parts))
+        return _norm(layer + path)
+
+
+class _PrefixLayer(_Layer):
+    def __init__(self, sizes: GemmaSizes, whole: bool) -> None:
+        super().__init__(sizes, whole)
+        self.input_layernorm = _Weight(sizes.width)
+        if whole:
+            self.post_attention_layernorm = _Weight(sizes.width)
+
+
+class Prefix(nn.Module):
+    """The Gemma that reads images and text.
+
+    Args:
+        whole: False leaves out what only the last layer's output needs, which nothing reads: of
+            that layer, the norm and the projections to keys and values are enough.
+    """
+
+    def __init__(self, sizes: GemmaSizes, *, whole: bool = False) -> None:
+        super().__init__()
+        self.sizes = sizes
+        last = sizes.depth - 1
+        self.layers = nn.ModuleList(
+            _PrefixLayer(sizes, whole or index < last) for index in range(sizes.depth)
+        )
+        self.norm = _Weight(sizes.width) if whole else None
+        self.rotary = Rotary(sizes.head_dim, _THETA)
+
+    def sources(self, name: str) -> Sequence[Source]:
+        """Where parameter `name` is in a checkpoint."""
+        if name == "norm.weight":
+            return (_norm(name),)
+        layers, index, path = name.split(".", 2)
+        found = _Layer.sources(f"{layers}.{index}.", path)
+        if path.startswith("qkv_proj") and not hasattr(self.layers[int(index)], "o_proj"):
+            found = Source(found.names[1:])
+        return (found,)
+
+    def forward(self, tokens: Tensor, horizon: int, lengths: Tensor | None = None) -> KeysValues:
+        """Read valid tokens, packed at the front, and leave room for the expert's.
+
+        Args:
+            tokens: `[batch, room, width]`.
+            horizon: actions in a chunk.
+            lengths: how many of each sample's tokens are valid, int `[batch]`; None for all.
+        """
+        batch, room = tokens.shape[:2]
+        places = torch.arange(room + horizon, device=tokens.device)
+        angles = self.rotary.angles(places[:room].repeat(batch))
+        positions = places[room:].expand(batch, -1)
+        prefix = seen = None
+        if lengths is not None:
+            valid = places < lengths.unsqueeze(1)
+            seen = (valid | (places >= room))[:, None, None]
+            prefix = seen[..., :room]
+            positions = places[:horizon] + lengths.unsqueeze(1)
+        shape = batch, self.sizes.num_kv_heads, room + horizon, self.sizes.head_dim
+        keys = [tokens.new_empty(shape) for _ in self.layers]
+        values = [tokens.new_empty(shape) for _ in self.layers]
+        x, added = tokens, None
+        for layer, k, v in zip(self.layers, keys, values, strict=True):
+            h, x = _normed(x, added, layer.input_layernorm.weight)
+            mine = k[:, :, :room], v[:, :, :room]
+            if layer is self.layers[-1]:
+                q, found = None, layer.keys_values(h, angles)
+            else:
+                q, *found = layer.project(h, angles)
+            for buffer, part in zip(mine, found, strict=True):
+                buffer.copy_(part)
+            if q is None:
+                break
+            added = layer.o_proj(attend(q, *mine, prefix))
+            h, x = _normed(x, added, layer.post_attention_layernorm.weight)
+            added = layer.mlp(h)
+        return KeysValues(keys, values, room, positions, seen)
+
+
+class Expert(nn.Module):
+    """The Gemma that acts."""
+
+    def __init__(self, sizes: GemmaSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.layers = nn.ModuleList(_Layer(sizes) for _ in range(sizes.depth))
+        self.rotary = Rotary(sizes.head_dim, _THETA)
+
+    def sources(self, name: str) -> Sequence[Source]:
+        """Where parameter `name` is in a checkpoint."""
+        layers, index, path = name.split(".", 2)
+        return (_Layer.sources(f"{layers}.{index}.", path),)
+
+    def angles(self, kv: KeysValues) -> tuple[Tensor, Tensor]:
+        """Of the tokens of a chunk; the same in every step."""
+        return self.rotary.angles(kv.positions.flatten())
+
+    def forward(
+        self, x: Tensor, kv: KeysValues, angles: tuple[Tensor, Tensor], modulation: Tensor
+    ) -> Tensor:
+        """One pass; overwrites the rows of `kv` behind the prefix.
+
+        Args:
+            x: tokens of a chunk, `[batch, horizon, width]`.
+            angles: see `angles`.
+            modulation: float32 `[batch or 1, horizon or 1, norms, 3, width]`: 1 + scale, shift and
+                gate of every norm.
+
+        Returns:
+            Normed hidden states `[batch, horizon, width]`.
+        """
+        norms = [norm.unbind(2) for norm in modulation.unbind(2)]
+        added = gate = None
+        for index, layer in enumerate(self.layers):
+            scale, shift, next_gate = norms[2 * index]
+            h, x = ada_norm(x, scale, shift, _EPS, added, gate)
+            q, *found = layer.project(h, angles)
+            keys, values = kv.keys[index], kv.values[index]
+            keys[:, :, kv.room :].copy_(found[0])
+            values[:, :, kv.room :].copy_(found[1])
+            added, gate = layer.o_proj(attend(q, keys, values, kv.seen)), next_gate
+            scale, shift, next_gate = norms[2 * index + 1]
+            h, x = ada_norm(x, scale, shift, _EPS, added, gate)
+            added, gate = layer.mlp(h), next_gate
+        scale, shift, _ = norms[-1]
+        return ada_norm(x, scale, shift, _EPS, added, gate)[0]
+
+
+def _normed(x: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of `x`, or of `x + added`, and that."""
+    return (rms_norm(x, weight, _EPS), x) if added is None else rms_norm(added, weight, _EPS, x)
+
+
+def _norm(name: str) -> Source:
+    """A norm's weight, which is stored as w for a factor of 1 + w."""
+    return Source((name,), lambda found: found[0].float() + 1)

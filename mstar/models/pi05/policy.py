@@ -1,0 +1,305 @@
+"""A policy as robot programs call it: observations in, actions out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mstar.errors import DeadlineExceeded, InvalidRequest
+from mstar.models.pi05.action_queue import lengthened
+from mstar.models.pi05.model import Pi05
+from mstar.models.pi05.robots import Robot
+
+__all__ = ["Chunk", "Pending", "RobotPolicy"]
+
+_LONGEST = 1e9  # of a deadline, in milliseconds
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Actions in both forms.
+
+    Args:
+        original: as the model makes them, normalised, float32 `[horizon, policy's action_dim]`.
+        actions: as the robot takes them, float32 `[horizon, robot's action_dim]`; None if the
+            checkpoint has no statistics.
+        state: that they were inferred from, in robot units, as the policy knows it, `[dims]`.
+        infer_ms: what the engine took.
+    """
+
+    original: np.ndarray
+    actions: np.ndarray | None
+    state: np.ndarray
+    infer_ms: float
+
+
+class Pending:
+    """A chunk on its way; of `RobotPolicy.begin`."""
+
+    def __init__(self, policy: RobotPolicy, handle: Any, state: np.ndarray, end: float | None):
+        self._policy, self._handle, self._state, self._end = policy, handle, state, end
+        self._began = time.perf_counter()
+
+    def result(self) -> Chunk:
+        """Wait for it. If that ends early, for whatever reason, the engine is free again.
+
+        Raises:
+            DeadlineExceeded: it is not there in time.
+            MStarError: it failed or was cancelled.
+        """
+        left = None if self._end is None else max(0.0, self._end - time.monotonic())
+        try:
+            original = self._handle.result(left).actions
+        except TimeoutError:
+            raise DeadlineExceeded("the actions were not there in time") from None
+        finally:
+            self.cancel()
+        infer_ms = 1e3 * (time.perf_counter() - self._began)
+        actions = self._policy.for_robot(original, self._state)
+        return Chunk(original, actions, self._state, infer_ms)
+
+    def cancel(self) -> None:
+        """Give it up. Does nothing if it is there."""
+        if not self._handle.done:
+            self._handle.cancel()
+
+
+class RobotPolicy:
+    """One robot's view of an Engine that serves pi0.5; made by `Engine.policy`.
+
+    Any thread may use it, but for `select_action`, which belongs to one control loop. Several
+    policies may share an Engine.
+
+    Args:
+        engine: the Engine.
+        robot: a name of `robots.PRESETS`, a `Robot`, or `None` for the names of the checkpoint.
+        rename: key of an observation -> the key that the robot's convention has for it.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        robot: str | Robot | None = None,
+        rename: Mapping[str, str] | None = None,
+    ) -> None:
+        model: Pi05 = engine.model
+        self.engine = engine
+        self.processor = model.processor
+        self.config = model.config
+        found = model.robot(robot)
+        self.robot = replace(found, rename={**found.rename, **(rename or {})})
+        self._queue: deque[np.ndarray] = deque()
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a program may want to know: shapes, rates, names."""
+        robot = self.robot
+        return {
+            "model": self.engine.name,
+            "robot": robot.name,
+            "action_horizon": self.config.chunk_size,
+            "action_dim": robot.action_dim or self.processor.action_dim,
+            "cameras": dict(robot.images),
+            "state": dict(robot.state),
+            "fps": robot.fps,
+            "assumed": self.processor.assumed,
+        }
+
+    def infer(
+        self,
+        obs: Mapping[str, Any],
+        *,
+        noise: Any = None,
+        seed: int | None = None,
+        deadline_ms: float | None = None,
+        raw: bool = False,
+        **params: Any,
+    ) -> dict[str, Any]:
+        """Actions for an observation.
+
+        Args:
+            obs: nested or flat, of arrays of any library, in the robot's convention.
+            noise: start noise `[horizon, 32]`.
+            seed: of the noise, where none is given.
+            deadline_ms: milliseconds until the result must be there.
+            raw: actions in the model's normalised space.
+            **params: of the model.
+
+        Returns:
+            `{"actions": float32 [horizon, action_dim], "policy_timing": {"infer_ms": ...}}`.
+
+        Raises:
+            InvalidRequest: the observation is not what the robot's should be; all faults are named.
+            DeadlineExceeded: it took too long. The engine is free for the next observation as soon
+                as what it is in the middle of is done: reading an image or a prompt, or a step of
+                the flow.
+        """
+        params |= {"noise": noise, "seed": seed}
+        chunk = self.begin(obs, deadline_ms=deadline_ms, raw=raw, **params).result()
+        actions = chunk.original if raw else chunk.actions
+        return {"actions": actions, "policy_timing": {"infer_ms": chunk.infer_ms}}
+
+    def begin(
+        self,
+        obs: Mapping[str, Any],
+        *,
+        deadline_ms: float | None = None,
+        raw: bool = False,
+        **params: Any,
+    ) -> Pending:
+        """Lay an observation out and queue it; `infer` in two parts.
+
+        Raises:
+            InvalidRequest, DeadlineExceeded: see `infer`.
+        """
+        end = None
+        if deadline_ms is not None:
+            number = isinstance(deadline_ms, (int, float)) and not isinstance(deadline_ms, bool)
+            if not number or not 0 < deadline_ms <= _LONGEST:
+                allowed = f"must be above 0, at most {_LONGEST:g}, or None for no deadline"
+                raise InvalidRequest("deadline_ms", deadline_ms, allowed)
+            end = time.monotonic() + deadline_ms / 1e3
+        if not raw:
+            self.processor.check_robot_units()
+        observed = self.robot.observe(obs)
+        handle = self.engine.submit(
+            text=observed.prompt,
+            images=dict(observed.images),
+            robot_state=observed.state,
+            output_modalities=("action",),
+            stream=False,
+            **{**params, "raw": True},
+        )
+        return Pending(self, handle, observed.state, end)
+
+    def for_robot(self, original: np.ndarray, state: np.ndarray) -> np.ndarray | None:
+        """What the robot takes, of actions in the model's space; None without statistics.
+
+        Args:
+            original: `[rows, dims]`.
+            state: `Chunk.state`.
+        """
+        if not self.processor.of_actions.known:
+            return None
+        finished = self.processor.finish(original, state)
+        return self.robot.act(finished, state).astype(np.float32)
+
+    def previous(self, left: np.ndarray, then: np.ndarray, obs: Any, rows: int) -> np.ndarray:
+        """What is left of a chunk, as real-time chunking takes it: in the model's space and, where
+        actions are relative to the state, to that of a new observation.
+
+        Args:
+            left: rows of `Chunk.original`.
+            then: `Chunk.state`.
+            obs: the observation that the next chunk is for.
+            rows: how many are needed; the last one is repeated where there are fewer.
+
+        Returns:
+            Float32 `[rows, action_dim]`.
+        """
+        delta = self.robot.delta
+        if self.processor.relative is None and not delta:
+            return lengthened(left, rows)
+        now = self.robot.observe(obs).state
+        finished = self.processor.finish(left, then)
+        if delta:
+            finished = finished.copy()
+            moved = (then - now)[: len(delta)]
+            finished[:, : len(delta)] += np.where(delta, moved, 0)
+        return self.processor.previous(finished, now, rows)
+
+    def reset(self) -> None:
+        """A new episode begins: forget rows that were not taken yet."""
+        self._queue.clear()
+
+    def warmup(self) -> dict[str, float]:
+        """Run once what an observation runs; nothing is compiled or captured afterwards.
+
+        Returns:
+            Seconds of the first run and of one after it.
+        """
+        self.engine.warmup()
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            self.infer(self.example(), seed=0, raw=True)
+            seconds.append(time.perf_counter() - began)
+        return {"first_s": seconds[0], "warm_s": seconds[1]}
+
+    def example(self) -> dict[str, Any]:
+        """An observation of this robot that shows nothing: black images, a state of zeros."""
+        height, width = self.config.vision.image_size
+        black = np.zeros((height, width, 3), np.uint8)
+        count = self.config.state_dim or self.processor.of_state.dims or 1
+        return {
+            **dict.fromkeys(self.robot.images.values(), black),
+            **{key: np.zeros(dims or count) for key, dims in self.robot.state.items()},
+            self.robot.prompt: "wait",
+        }
+
+    # -- lerobot's names -----------------------------------------------------------------------
+
+    def select_action(
+        self, batch: Mapping[str, Any], *, raw: bool = False, **params: Any
+    ) -> np.ndarray:
+        """The next action, `[1, action_dim]`; a new chunk is inferred when the last one's
+        `n_action_steps` rows are used up.
+
+        Args:
+            batch: an observation; values may have a batch dimension of 1.
+            raw: in the model's normalised space, as lerobot's own method gives it, and not for
+                the robot.
+            **params: as for `infer`.
+
+        Raises:
+            InvalidRequest: see `infer`; or real-time chunking is on, which this does not know.
+        """
+        if (self.config.rtc_config or {}).get("enabled"):
+            raise InvalidRequest(
+                "rtc_config",
+                dict(self.config.rtc_config),
+                "select_action knows no real-time chunking: use PolicyRunner, or "
+                "predict_action_chunk",
+            )
+        if params.get("prev_chunk_left_over") is not None:
+            raise InvalidRequest(
+                "prev_chunk_left_over", "given", "is for predict_action_chunk, not select_action"
+            )
+        if not self._queue:
+            actions = self.infer(batch, raw=raw, **params)["actions"]
+            self._queue.extend(actions[: self.config.n_action_steps])
+        return self._queue.popleft()[None]
+
+    def predict_action_chunk(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Any = None,
+        execution_horizon: int = 10,
+        **params: Any,
+    ) -> np.ndarray:
+        """A chunk in the model's normalised space, `[1, horizon, action_dim]`.
+
+        Args:
+            batch: an observation; values may have a batch dimension of 1.
+            inference_delay: control steps until the chunk arrives.
+            prev_chunk_left_over: what is left of the last one, `[rows, action_dim]`, with or
+                without a batch dimension of 1; None for plain sampling.
+            execution_horizon: rows that it reaches.
+            **params: as for `infer`.
+        """
+        if prev_chunk_left_over is not None:
+            if getattr(prev_chunk_left_over, "ndim", 0) == 3 and len(prev_chunk_left_over) == 1:
+                prev_chunk_left_over = prev_chunk_left_over[0]
+            params |= {
+                "prev_chunk_left_over": prev_chunk_left_over,
+                "inference_delay": inference_delay or 0,
+                "execution_horizon": execution_horizon,
+            }
+        return self.infer(batch, **{**params, "raw": True})["actions"][None]

@@ -1,0 +1,81 @@
+"""The prompt: the task and, in most policies, the state as numbers from 0 to 255."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mstar.errors import InvalidRequest, WeightsError
+
+__all__ = ["Tokenizer", "cleaned", "prompt_text", "state_bins"]
+
+_BOS = "<bos>"
+_EDGES = np.arange(256) / 128 - 1  # exact in float32, too
+
+
+def cleaned(task: str) -> str:
+    """A task as it stands in a prompt; inner double spaces and case stay."""
+    return task.strip().replace("_", " ").replace("\n", " ")
+
+
+def state_bins(state: np.ndarray) -> np.ndarray:
+    """Bins, int `[..., dims]`, of a normalised state; -1 below -1, and 255 from 127/128 on."""
+    return np.searchsorted(_EDGES.astype(state.dtype), state, side="right") - 1
+
+
+def prompt_text(task: str, state: np.ndarray) -> str:
+    """The prompt of a normalised state `[dims]`."""
+    numbers = " ".join(map(str, state_bins(state).tolist()))
+    return f"Task: {cleaned(task)}, State: {numbers};\nAction: "
+
+
+class Tokenizer:
+    """PaliGemma's, from the tokenizer.json in a folder. Any thread may use it.
+
+    Args:
+        max_length: longer prompts are cut off at the right.
+
+    Raises:
+        WeightsError: there is none, or another model's.
+    """
+
+    def __init__(self, folder: Path, max_length: int) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise WeightsError(f"no tokenizer.json in {folder}")
+        try:
+            self._fast = Fast.from_file(str(file))
+        except Exception as error:
+            raise WeightsError(f"{file} is not a tokenizer: {error}") from error
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self.bos = self._fast.token_to_id(_BOS)
+        self.max_length = max_length
+        if self.bos is None:
+            raise WeightsError(f"{file} is not PaliGemma's: it has no {_BOS}")
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self._fast.get_vocab().values()) + 1
+
+    def with_state(self, task: str, state: np.ndarray) -> list[int]:
+        """Ids of the prompt of a normalised state."""
+        return self._ids(prompt_text(task, state))
+
+    def without_state(self, task: str) -> list[int]:
+        """Ids of openpi's prompt for policies that do not read the state in it."""
+        return self._ids(cleaned(task), "\n")
+
+    def _ids(self, *texts: str) -> list[int]:
+        try:
+            found: Sequence[Sequence[int]] = [
+                self._fast.encode(text, add_special_tokens=False).ids for text in texts
+            ]
+        except (TypeError, UnicodeEncodeError) as error:
+            raise InvalidRequest("text", texts[0], "must be Unicode text") from error
+        return [self.bos, *(token for ids in found for token in ids)][: self.max_length]

@@ -1,0 +1,193 @@
+"""What robots call their cameras, joints and actions, and the conventions of openpi's examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mstar.errors import InvalidRequest
+from mstar.models.pi05 import aloha
+from mstar.models.pi05.config import IMAGES, OPENPI_CAMERAS, STATE, Pi05Config
+from mstar.models.pi05.observation import flat, numbers
+
+__all__ = ["PRESETS", "Observed", "Robot", "robot_of"]
+
+_BASE, _LEFT, _RIGHT = OPENPI_CAMERAS
+
+
+@dataclass(frozen=True)
+class Observed:
+    """An observation in the policy's words.
+
+    Args:
+        images: camera -> image, as it was given.
+        state: in robot units, as the policy knows them, `[dims]`.
+        prompt: the task.
+    """
+
+    images: Mapping[str, Any]
+    state: np.ndarray | None
+    prompt: str | None
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot: which keys of an observation mean what, and how actions are handed out.
+
+    Args:
+        images: camera of the policy -> key.
+        state: keys whose values, one after the other, are the state -> how many numbers each has.
+        prompt: key of the task.
+        required: cameras that must be there; of the others, those that are missing are masked.
+        unused: keys that are known and not needed.
+        action_dim: columns of actions; None for those of the policy.
+        delta: which of the actions are relative to the state; none if empty.
+        fps: control steps per second.
+        run: rows of a chunk that the published client executes.
+        default_prompt: the task where an observation has none.
+        rename: key of an observation -> the key that is meant.
+        encode_state, decode_actions: to the policy's joints and back.
+    """
+
+    name: str
+    images: Mapping[str, str]
+    state: Mapping[str, int | None]
+    prompt: str = "prompt"
+    required: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    action_dim: int | None = None
+    delta: tuple[bool, ...] = ()
+    fps: float | None = None
+    run: int | None = None
+    default_prompt: str | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+    encode_state: Callable[[np.ndarray], np.ndarray] | None = None
+    decode_actions: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def observe(self, observation: Mapping[str, Any], *, float64: bool = True) -> Observed:
+        """Pick out what the policy needs. Keys that nobody knows are ignored, but for images.
+
+        Args:
+            float64: of the state; float32 otherwise.
+
+        Raises:
+            InvalidRequest: things are missing or have another shape; all of them are named.
+        """
+        given = flat(observation, self.rename)
+        faults: list[str] = []
+        images = {}
+        for camera, key in self.images.items():
+            if (key := key.replace(".", "/")) in given:
+                images[camera] = given.pop(key)
+            elif camera in self.required:
+                faults.append(f"{key} is missing")
+        if not images and not faults:
+            keys = ", ".join(self.images.values())
+            faults.append(f"there is no image: at least one of {keys} is needed")
+        parts = []
+        for key, count in self.state.items():
+            if (key := key.replace(".", "/")) not in given:
+                faults.append(f"{key} is missing")
+                continue
+            try:
+                part = numbers(key, given.pop(key))
+            except InvalidRequest as error:
+                faults.append(str(error))
+                continue
+            if count is not None and len(part) != count:
+                faults.append(f"{key} has {len(part)} numbers, and must have {count}")
+            parts.append(part)
+        prompt = given.pop(self.prompt, self.default_prompt)
+        if isinstance(prompt, (list, tuple, np.ndarray)) and np.size(prompt) == 1:
+            prompt = np.asarray(prompt).reshape(-1)[0]
+        if isinstance(prompt, bytes):
+            prompt = prompt.decode("utf-8", "replace")
+        if prompt is None:
+            faults.append(f"{self.prompt}, the task, is missing")
+        elif not isinstance(prompt, str):
+            faults.append(f"{self.prompt} is a {type(prompt).__name__}, and must be text")
+        places = {key.replace(".", "/").rpartition("/")[0] for key in self.images.values()}
+        strange = [key for key in given if key not in self.unused]
+        cameras = [key for key in strange if key.rpartition("/")[0] in places - {"", "observation"}]
+        faults += [f"{key} is no camera of this robot" for key in cameras]
+        if faults:
+            rest = ", ".join(key for key in strange if key not in cameras)
+            text = "; ".join(faults) + (f" (keys that nobody knows: {rest})" if rest else "")
+            raise InvalidRequest("observation", sorted(flat(observation)), text)
+        state = np.concatenate(parts) if parts else None
+        if state is not None and self.encode_state is not None:
+            state = self.encode_state(state)
+        if state is not None and not float64:
+            state = state.astype(np.float32)
+        return Observed(images, state, None if prompt is None else str(prompt))
+
+    def act(self, actions: np.ndarray, state: np.ndarray | None) -> np.ndarray:
+        """Actions `[horizon, action_dim]` for the robot, of such in the policy's joints.
+
+        Args:
+            actions: un-normalised, `[horizon, dims]`.
+            state: `Observed.state`.
+        """
+        actions = actions[:, : self.action_dim]
+        if self.delta:
+            mask = np.array(self.delta)
+            actions = actions.copy()
+            actions[:, : len(mask)] += np.where(mask, state[: len(mask)], 0)
+        return actions if self.decode_actions is None else self.decode_actions(actions)
+
+
+PRESETS = {
+    "droid": Robot(
+        "droid",
+        images={_BASE: "observation/exterior_image_1_left", _LEFT: "observation/wrist_image_left"},
+        state={"observation/joint_position": 7, "observation/gripper_position": 1},
+        required=(_BASE, _LEFT),
+        action_dim=8,
+        fps=15,
+        run=8,
+    ),
+    "libero": Robot(
+        "libero",
+        images={_BASE: "observation/image", _LEFT: "observation/wrist_image"},
+        state={"observation/state": 8},
+        required=(_BASE, _LEFT),
+        action_dim=7,
+        run=5,
+    ),
+    "aloha": Robot(
+        "aloha",
+        images={
+            _BASE: "images/cam_high",
+            _LEFT: "images/cam_left_wrist",
+            _RIGHT: "images/cam_right_wrist",
+        },
+        state={"state": 14},
+        unused=("images/cam_low",),
+        action_dim=14,
+        delta=(*[True] * 6, False) * 2,
+        fps=50,
+        run=25,
+        encode_state=aloha.encode_state,
+        decode_actions=aloha.decode_actions,
+    ),
+}
+
+
+def robot_of(config: Pi05Config, rename: Mapping[str, str] | None = None) -> Robot:
+    """The robot that a policy of lerobot was trained on, in lerobot's words.
+
+    Args:
+        rename: see `Robot`.
+    """
+    present = config.cameras[: len(config.cameras) - config.empty_cameras]
+    return Robot(
+        "lerobot",
+        images={camera: IMAGES + camera for camera in present},
+        state={STATE: config.state_dim},
+        prompt="task",
+        action_dim=config.action_dim,
+        rename=rename or {},
+    )

@@ -1,0 +1,206 @@
+"""Real-time chunking: a new chunk that goes on where the last one is when it arrives.
+
+Black, Galliker & Levine, "Real-time execution of action chunking flow policies"
+(arXiv 2506.07339) for the guided mode; "Training-time action conditioning for efficient real-time
+chunking" (arXiv 2512.05964) for the trained one. Chunks are in the model's normalised space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mstar.errors import InvalidRequest
+from mstar.models.pi05.flow import Velocity
+from mstar.models.pi05.timestep import flow_times
+
+__all__ = ["SCHEDULES", "Guided", "HardPrefix", "guidance_gains", "guided", "padded", "trained"]
+
+SCHEDULES: dict[str, Callable[[float], float] | None] = {
+    "LINEAR": lambda left: left,
+    "EXP": lambda left: left * math.expm1(left) / math.expm1(1),
+    "ONES": lambda left: 1.0,
+    "ZEROS": lambda left: 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Pulls the flow towards an earlier chunk, the first actions more than later ones.
+
+    The paper's correction goes through the Jacobian of the predicted actions; lerobot takes the
+    identity for it, and so is the default here: no backward pass.
+
+    Args:
+        previous: float32 `[batch or 1, horizon, actions]`.
+        weights: float32 `[horizon]`; all zero for no guidance at all.
+        gains: of each step, float32 `[steps]`.
+        jacobian: the paper's correction. The velocity must be differentiable: that of
+            `PlainPolicy`, with weights that were not loaded in inference mode.
+    """
+
+    previous: Tensor
+    weights: Tensor
+    gains: Tensor
+    jacobian: bool = False
+
+    def steer(self, velocity: Velocity, steps: int) -> Velocity:
+        """See `Steered.steer`."""
+        times, weights = flow_times(steps), self.weights.unsqueeze(-1)
+        if len(self.gains) != steps:
+            raise ValueError(f"gains of {len(self.gains)} steps, for {steps}")
+
+        def steered(x: Tensor, step: int, clean: Tensor | None = None) -> Tensor:
+            if self.jacobian:
+                return through_jacobian(x, step)
+            v = velocity(x, step)
+            error = (self.previous - (x - times[step] * v)) * weights
+            return v - self.gains[step] * error
+
+        def through_jacobian(x: Tensor, step: int) -> Tensor:
+            with torch.inference_mode(False), torch.enable_grad():
+                x = x.clone().requires_grad_()
+                v = velocity(x, step)
+                actions = x - times[step] * v
+                error = (self.previous - actions.detach()) * weights
+                (correction,) = torch.autograd.grad(actions, x, error.clone())
+            return v.detach() - self.gains[step] * correction
+
+        return steered
+
+    def finish(self, x: Tensor) -> Tensor:
+        """See `Steered.finish`."""
+        return x
+
+
+@dataclass(frozen=True)
+class HardPrefix:
+    """Keeps the first actions of a chunk as they are, for policies that were trained for it.
+
+    Args:
+        previous: float32 `[batch or 1, horizon, actions]`.
+        clean: which actions are kept, bool `[batch or 1, horizon]`; none for plain sampling.
+    """
+
+    previous: Tensor
+    clean: Tensor
+
+    def steer(self, velocity: Velocity, steps: int) -> Velocity:
+        """See `Steered.steer`."""
+        return lambda x, step, clean=None: velocity(self.finish(x), step, self.clean)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """See `Steered.finish`."""
+        return torch.where(self.clean.unsqueeze(-1), self.previous, x)
+
+
+def guided(
+    previous: Tensor,
+    *,
+    delay: int,
+    horizon: int,
+    actions: int,
+    steps: int,
+    schedule: str = "LINEAR",
+    execution_horizon: int = 10,
+    max_weight: float = 10.0,
+    jacobian: bool = False,
+) -> Guided:
+    """Guidance by what is left of the last chunk.
+
+    Args:
+        previous: float32 `[left, dims]` or `[batch, left, dims]`.
+        delay: control steps until the new chunk arrives.
+        horizon, actions: shape of a chunk, with its padding columns.
+        steps: of the flow.
+        schedule: how weights fall off between the delay and the execution horizon; of `SCHEDULES`.
+        execution_horizon: actions that are guided.
+        max_weight: largest gain.
+
+    Raises:
+        InvalidRequest: the chunk or a number does not fit.
+    """
+    whole = padded(previous, horizon, actions)
+    weights = prefix_weights(horizon, delay, min(execution_horizon, previous.shape[-2]), schedule)
+    gains = guidance_gains(steps, max_weight)
+    device = whole.device
+    return Guided(
+        whole,
+        torch.tensor(weights, device=device),
+        torch.tensor(gains, device=device),
+        jacobian,
+    )
+
+
+def trained(
+    previous: Tensor, *, delay: int, max_delay: int, horizon: int, actions: int
+) -> HardPrefix:
+    """The beginning of a chunk that follows from the last one.
+
+    Args:
+        previous: float32 `[left, dims]` or `[batch, left, dims]`.
+        delay: how many of its rows are kept.
+        max_delay: the longest that the policy was trained with.
+        horizon, actions: shape of a chunk, with its padding columns.
+
+    Raises:
+        InvalidRequest: the policy was not trained for it, or the chunk is too short.
+    """
+    if not 0 <= delay <= max_delay:
+        raise InvalidRequest(
+            "inference_delay", delay, f"the policy was trained for 0 to {max_delay}"
+        )
+    if delay >= horizon:
+        raise InvalidRequest("inference_delay", delay, f"must be below the horizon of {horizon}")
+    if previous.shape[-2] < delay:
+        shown = f"{previous.shape[-2]} rows"
+        raise InvalidRequest("prev_chunk_left_over", shown, f"needs {delay}, the delay")
+    if not previous[..., :delay, :].isfinite().all():
+        raise InvalidRequest("prev_chunk_left_over", "given", "must be finite")
+    clean = torch.arange(horizon, device=previous.device) < delay
+    return HardPrefix(padded(previous, horizon, actions), clean.unsqueeze(0))
+
+
+def prefix_weights(horizon: int, delay: int, end: int, schedule: str = "LINEAR") -> list[float]:
+    """How much each action of a chunk is held to the last one (equation 5).
+
+    Args:
+        delay: actions that will have been executed: weight 1.
+        end: actions from here on are free.
+    """
+    fall = SCHEDULES.get(schedule)
+    if fall is None:
+        raise InvalidRequest("schedule", schedule, f"must be one of {', '.join(SCHEDULES)}")
+    start = max(0, min(delay, end))
+    between = [fall(1 - (index + 1) / (end - start + 1)) for index in range(end - start)]
+    return ([1.0] * start + between + [0.0] * horizon)[:horizon]
+
+
+def guidance_gains(steps: int, max_weight: float = 10.0) -> list[float]:
+    """min(max_weight, (1 - tau) / tau / r^2) of every step, r^2 = (1 - tau)^2 / (tau^2 +
+    (1 - tau)^2), with tau = 1 - t (equations 2 and 4)."""
+    gains = []
+    for t in flow_times(steps):
+        tau = 1 - t
+        gain = math.inf if tau == 0 else (t / tau) * (t**2 + tau**2) / t**2
+        gains.append(min(max_weight, gain))
+    return gains
+
+
+def padded(chunk: Tensor, horizon: int, actions: int) -> Tensor:
+    """A chunk float32 `[batch or 1, horizon, actions]`, zeros behind what is given.
+
+    Raises:
+        InvalidRequest: it is larger than that.
+    """
+    rows = chunk if chunk.ndim == 3 else chunk.unsqueeze(0)
+    if rows.ndim != 3 or rows.shape[1] > horizon or rows.shape[2] > actions:
+        shown = list(chunk.shape)
+        raise InvalidRequest("prev_chunk_left_over", shown, f"at most [{horizon}, {actions}]")
+    out = rows.new_zeros(len(rows), horizon, actions, dtype=torch.float32)
+    out[:, : rows.shape[1], : rows.shape[2]] = rows
+    return out

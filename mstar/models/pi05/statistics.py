@@ -1,0 +1,182 @@
+"""What lies beside the weights: lerobot's processor files, openpi's norm_stats.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mstar.errors import WeightsError
+from mstar.models.fields import read_object
+from mstar.models.pi05.config import ACTION, STATE
+
+__all__ = ["Processors", "Statistics", "read_processors", "read_statistics"]
+
+Table = Mapping[str, np.ndarray]
+_NAMES = {STATE: "state", "state": "state", ACTION: "action", "actions": "action"}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the state and of the actions: name (`q01`, `mean`, ...) -> values `[dims]`.
+
+    Args:
+        source: where they are from, for people.
+    """
+
+    state: Table | None = None
+    action: Table | None = None
+    source: str = "none"
+
+
+@dataclass(frozen=True)
+class Processors:
+    """What policy_preprocessor.json and policy_postprocessor.json say.
+
+    Args:
+        rename: keys of observations -> the names that the policy knows.
+        modes: kind of feature -> mode of normalisation; None if nothing is said.
+        tokenizer: folder or hub name of the tokenizer.
+        max_length: of the prompt in tokens.
+        relative: whether actions are relative; None if nothing is said.
+    """
+
+    statistics: Statistics = field(default_factory=Statistics)
+    rename: Mapping[str, str] = field(default_factory=dict)
+    modes: Mapping[str, str] | None = None
+    eps: float = 1e-8
+    tokenizer: str | None = None
+    max_length: int | None = None
+    relative: bool | None = None
+    exclude: tuple[str, ...] | None = None
+    names: tuple[str, ...] | None = None
+
+
+def read_processors(folder: Path) -> Processors:
+    """Read a checkpoint's processor files, as far as there are any.
+
+    Raises:
+        WeightsError: one is broken, or names a file that is not there.
+    """
+    before = _steps(folder, "policy_preprocessor.json")
+    after = _steps(folder, "policy_postprocessor.json")
+    normalise, restore = before.get("normalizer_processor"), after.get("unnormalizer_processor")
+    state, action = _tables(folder, normalise)["state"], _tables(folder, restore)["action"]
+    config = (normalise or {}).get("config", {})
+    tokenize = before.get("tokenizer_processor", {})
+    name = tokenize.get("config", {}).get("tokenizer_name")
+    relative = before.get("relative_actions_processor", {}).get("config", {})
+    absolute = after.get("absolute_actions_processor", {}).get("config", {})
+    found = state is not None or action is not None
+    return Processors(
+        statistics=Statistics(state, action, "processor files" if found else "none"),
+        rename=before.get("rename_observations_processor", {})
+        .get("config", {})
+        .get("rename_map", {}),
+        modes=config.get("norm_map"),
+        eps=config.get("eps", 1e-8),
+        tokenizer=tokenize.get("artifacts", {}).get("tokenizer_name", name),
+        max_length=tokenize.get("config", {}).get("max_length"),
+        relative=absolute.get("enabled", relative.get("enabled")),
+        exclude=_tuple(relative.get("exclude_joints")),
+        names=_tuple(relative.get("action_names")),
+    )
+
+
+def read_statistics(given: Any) -> Statistics:
+    """Statistics that a user gives.
+
+    Args:
+        given: a norm_stats.json of openpi, a state file of lerobot, a folder with either, or what
+            such files hold: `{"observation.state" or "state": {"q01": [...], ...}, "action" or
+            "actions": {...}}`.
+
+    Raises:
+        WeightsError: they cannot be read.
+    """
+    if isinstance(given, Statistics):
+        return given
+    if isinstance(given, Mapping):
+        return _statistics(given, "an argument")
+    path = Path(given)
+    if path.is_dir():
+        return _in_folder(path)
+    try:
+        content = _flat(path) if path.suffix == ".safetensors" else read_object(path)
+    except Exception as error:  # the file is a stranger's
+        raise WeightsError(f"cannot read statistics from {path}: {error}") from error
+    return _statistics(content, str(path))
+
+
+def _in_folder(folder: Path) -> Statistics:
+    if (folder / "policy_preprocessor.json").exists():
+        return read_processors(folder).statistics
+    files = sorted(folder.glob("**/norm_stats.json"))
+    if len(files) > 1:
+        names = ", ".join(str(file.relative_to(folder)) for file in files)
+        raise WeightsError(f"several statistics in {folder} ({names}): name one of them")
+    return read_statistics(files[0]) if files else Statistics()
+
+
+def _statistics(content: Mapping[str, Any], source: str) -> Statistics:
+    content = content.get("norm_stats", content)
+    tables: dict[str, Table] = {}
+    for name, table in content.items() if isinstance(content, Mapping) else ():
+        if name in _NAMES and isinstance(table, Mapping):
+            tables[_NAMES[name]] = {k: _values(name, k, v) for k, v in table.items()}
+    if not tables:
+        known = ", ".join(_NAMES)
+        raise WeightsError(f"no statistics in {source}: expected an object with {known}")
+    return Statistics(**tables, source=source)
+
+
+def _values(feature: str, name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray([] if value is None else value, np.float64).reshape(-1)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"statistics: {feature}.{name} must be a list of numbers") from error
+
+
+def _steps(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The steps of a pipeline by their registry names."""
+    file = folder / name
+    if not file.exists():
+        return {}
+    try:
+        steps = read_object(file).get("steps", [])
+        return {step["registry_name"]: step for step in steps if "registry_name" in step}
+    except (OSError, AttributeError, TypeError, ValueError) as error:
+        raise WeightsError(f"cannot use {file}: {error}") from error
+
+
+def _tables(folder: Path, step: Mapping[str, Any] | None) -> dict[str, Table | None]:
+    """State and action in the state file of a step."""
+    name = (step or {}).get("state_file")
+    if name is None:
+        return {"state": None, "action": None}
+    file = folder / name
+    if file.parent != folder or not file.is_file():
+        raise WeightsError(f"there is no {file}, which a processor file names")
+    try:
+        content = _flat(file)
+    except Exception as error:
+        raise WeightsError(f"cannot read {file}: {error}") from error
+    return {"state": content.get(STATE), "action": content.get(ACTION)}
+
+
+def _flat(file: Path) -> dict[str, dict[str, np.ndarray]]:
+    """feature -> statistic -> values, of tensors called `feature.statistic`."""
+    from safetensors.torch import load_file
+
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in load_file(file).items():
+        feature, _, statistic = name.rpartition(".")
+        found.setdefault(feature, {})[statistic] = tensor.float().numpy().reshape(-1)
+    return found
+
+
+def _tuple(value: Any) -> tuple[str, ...] | None:
+    return None if value is None else tuple(value)
