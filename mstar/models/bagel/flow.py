@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mstar.models.bagel.guidance import Guidance, guidance_table, guided_velocity
+from mstar.engine.kernels.guided_euler import guided_euler
+from mstar.engine.kernels.staging import to_device
+from mstar.models.bagel.guidance import Guidance, guidance_table
 from mstar.models.bagel.networks import Bagel
 
 __all__ = ["UNGUIDED", "FlowCall", "flow_runner"]
@@ -56,9 +58,9 @@ def flow_runner(
             latents = (
                 moved
                 if len(moving) == len(calls)
-                else latents.index_copy(0, torch.tensor(moving, device=latents.device), moved)
+                else latents.index_copy(0, to_device(moving, torch.int64, latents.device), moved)
             )
-        t = torch.tensor([call.next_t for call in calls]).to(latents.device, non_blocking=True)
+        t = to_device([call.next_t for call in calls], torch.float32, latents.device)
         tokens = bagel.latent_tokens(latents, t, *calls[0].grid)
         ends = marks.expand(len(calls), -1, -1)
         return list(zip(latents, torch.cat([tokens, ends], 1), strict=True))
@@ -81,10 +83,11 @@ def _euler(
             places[branch].append(main if hidden is None else len(states))
             if hidden is not None:
                 states.append(hidden)
-    velocity = bagel.velocity(torch.stack(states))
-    if any(call.guidance.by_text for call in calls):
-        table = guidance_table([call.guidance for call in calls], latents.device)
-        velocity = guided_velocity(*(velocity[place] for place in places), table)
-    dt = torch.tensor([call.dt for call in calls]).to(latents.device, non_blocking=True)
+    velocities = bagel.velocity(torch.stack(states))
+    numbers = [place for branch in places for place in branch]
+    device = latents.device
+    table = guidance_table([call.guidance for call in calls], [call.dt for call in calls], device)
     start = latents if len(rows) == len(latents) else latents[list(rows)]
-    return start - velocity * dt.view(-1, 1, 1)
+    return guided_euler(
+        start, velocities, to_device(numbers, torch.int32, device).view(3, -1), table
+    )

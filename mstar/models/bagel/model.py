@@ -18,7 +18,7 @@ from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
 from mstar.engine.prefill import prefill
 from mstar.engine.request import Request
-from mstar.errors import InvalidRequest, WeightsError
+from mstar.errors import ContextTooLong, WeightsError
 from mstar.models.bagel.autoencoder import Autoencoder
 from mstar.models.bagel.contexts import Contexts, Mark, Medium
 from mstar.models.bagel.drawing import Branches, draw
@@ -138,14 +138,16 @@ class Bagel(Model):
         longest = self.config.llm.max_position_embeddings
         if contexts.main.end.position >= longest:
             shown = f"a prompt of {contexts.main.end.position} positions"
-            raise InvalidRequest("text", shown, f"the model takes {longest}")
+            raise ContextTooLong("text", shown, f"the model takes {longest}")
         if plan.drawing is None:
-            needed = prompt + params["max_output_tokens"] + 1
-            self.lm.pool.check_fits("max_output_tokens", params["max_output_tokens"], needed)
+            most, pool = params["max_output_tokens"], self.lm.pool
+            pool.check_fits("text", f"a prompt of {prompt} tokens", prompt + 1, ContextTooLong)
+            pool.check_fits("max_output_tokens", most, prompt + most + 1)
             return plan
         thought = params["max_think_tokens"] if plan.think else 0
         needed = prompt + thought + contexts.without_images.end.length + 3 * plan.drawing.tokens
-        self.lm.pool.check_fits("text", f"a prompt of {prompt} tokens and an image", needed)
+        shown = f"a prompt of {prompt} tokens and an image"
+        self.lm.pool.check_fits("text", shown, needed, ContextTooLong)
         return plan
 
     def _contexts(self, plan: Plan) -> Contexts:

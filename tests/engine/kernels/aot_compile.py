@@ -14,7 +14,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mstar.engine.kernels import ada_norm, gated, paged_decode, paged_extend, rms_norm, rotary_store
+from mstar.engine.kernels import (
+    ada_norm,
+    gated,
+    guided_euler,
+    paged_decode,
+    paged_extend,
+    rms_norm,
+    rotary_store,
+)
 
 _ATTENTION = {
     "query_start": "*i32",
@@ -59,6 +67,10 @@ def _plain(dtype: str, **more: Any) -> dict[str, Any]:
 _ROTARY = {"HEADS": 24, "KV_HEADS": 8, "HALF": 64, "PAGE_SIZE": 16, "BLOCK_HEADS": 16, "BLOCK": 64}
 _NORM = {"HIDDEN": 3072, "BLOCK": 4096, "ROWS": 1}
 _ADAPTIVE = {"WIDTH": 1024, "BLOCK": 1024, **dict.fromkeys(("scale", "shift", "gate"), "*fp32")}
+_GUIDED = {
+    **dict.fromkeys(("x", "velocities", "table", "out"), "*fp32"),
+    **{"places": "*i32", "TINY": 1e-8, "DIM": 64, "BLOCK": 64, "ROWS": 64, "num_warps": 8},
+}
 _COMBINE = {"HEADS": 24, "DIM": 128, "SPLITS": 16, "BLOCK_S": 16, "BLOCK_D": 128, "num_warps": 4}
 
 # (kernel, variant, {argument: constant, or type of a tensor or float}); the rest are int32.
@@ -67,6 +79,7 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (rms_norm._rms_norm_kernel, "fp32", _plain("fp32", FUSED=False, **_NORM)),
     (ada_norm._ada_norm_kernel, "bf16 fused", _plain("bf16", FUSED=True, **_ADAPTIVE)),
     (ada_norm._ada_norm_kernel, "fp32", _plain("fp32", FUSED=False, **_ADAPTIVE)),
+    (guided_euler._guided_euler_kernel, "fp32", _GUIDED),
     (gated._gated_kernel, "bf16 silu", _plain("bf16", SILU=True, BLOCK=1024)),
     (gated._gated_kernel, "bf16 gelu", _plain("bf16", SILU=False, BLOCK=1024)),
     (rotary_store._rotary_store_kernel, "bf16", _plain("bf16", NORMED=False, **_ROTARY)),

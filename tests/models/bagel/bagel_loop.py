@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mstar.engine.layers.attention import GrowingContext
 from mstar.models.bagel.autoencoder import Autoencoder
-from mstar.models.bagel.guidance import Guidance, guidance_table, guided_velocity
+from mstar.models.bagel.guidance import Guidance, guided_velocity
 from mstar.models.bagel.networks import Bagel, load_networks
 from mstar.models.bagel.pixels import patchify, resized, to_pixels, to_uint8, unpatchify
 from mstar.models.bagel.prompt import THINK_THEN_ANSWER, THINK_THEN_DRAW, Tokenizer
@@ -213,9 +213,9 @@ class Loop:
                 v[name] = self.bagel.velocity(hidden)
                 if index == 0:
                     self.seen[f"step0.v_{name}"] = v[name]
-            mixed = guided_velocity(
-                *(v.get(name, v["main"])[None] for name in names), guidance_table([guidance])
-            )[0]
+            mixed = guided_velocity(*(v.get(name, v["main"])[None] for name in names), [guidance])[
+                0
+            ]
             if index == 0:
                 self.seen["step0.v"] = mixed
             x = x - mixed * step.dt

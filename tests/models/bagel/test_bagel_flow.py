@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mstar.models.bagel.guidance import RENORMS, Guidance, guidance_table, guided_velocity
+from mstar.models.bagel.guidance import RENORMS, Guidance, guided_velocity
 from mstar.models.bagel.schedule import flow_steps, timesteps
 from mstar.models.bagel.taylorseer import TaylorSeer
 
@@ -63,24 +63,24 @@ def of_the_reference(goldens):
 def test_guided_velocities_are_those_of_the_reference_one_by_one(goldens):
     three = [goldens[f"guidance.v{branch}"][None] for branch in "mti"]
     for index, guidance in enumerate(of_the_reference(goldens)):
-        found = guided_velocity(*three, guidance_table([guidance]))
+        found = guided_velocity(*three, [guidance])
         goldens.check(f"guidance.{index}.v", found[0])
 
 
 def test_guided_velocities_are_those_of_the_reference_all_at_once(goldens):
     every = of_the_reference(goldens)
     three = [goldens[f"guidance.v{branch}"].expand(len(every), -1, -1) for branch in "mti"]
-    for index, found in enumerate(guided_velocity(*three, guidance_table(every))):
+    for index, found in enumerate(guided_velocity(*three, every)):
         goldens.check(f"guidance.{index}.v", found)
 
 
 def test_a_request_is_guided_alike_whatever_goes_with_it():
     kinds = [Guidance(4.0, 2.0, renorm, 0.1) for renorm in RENORMS] + [Guidance()]
     main, text, image = torch.randn(3, 4, 48, 64)
-    together = guided_velocity(main, text, image, guidance_table(kinds))
+    together = guided_velocity(main, text, image, kinds)
     for n, kind in enumerate(kinds):
         rows = slice(n, n + 1)
-        alone = guided_velocity(main[rows], text[rows], image[rows], guidance_table([kind]))
+        alone = guided_velocity(main[rows], text[rows], image[rows], [kind])
         torch.testing.assert_close(together[rows], alone, rtol=0, atol=1e-6)
 
 
@@ -89,18 +89,18 @@ def test_what_is_not_needed_may_be_anything():
     junk = junk * torch.nan
     off, by_text = Guidance(1.0, 3.0), Guidance(3.0, 1.0)
     assert (off.by_text, off.by_image, by_text.by_text, by_text.by_image) == (0, 0, 1, 0)
-    assert torch.equal(guided_velocity(main, junk, junk, guidance_table([off])), main)
-    found = guided_velocity(main, main + 1, junk, guidance_table([by_text]))
+    assert torch.equal(guided_velocity(main, junk, junk, [off]), main)
+    found = guided_velocity(main, main + 1, junk, [by_text])
     assert found.isfinite().all()
 
 
 def test_without_renorm_the_formula_is_plain():
     main, text, image = torch.randn(3, 1, 6, 64)
     for renorm in RENORMS:
-        table = guidance_table([Guidance(4.0, 2.0, renorm, renorm_min=1.0)])
+        guidance = [Guidance(4.0, 2.0, renorm, renorm_min=1.0)]
         plain = text + 4 * (main - text)
         plain = image + 2 * (plain - image)
-        torch.testing.assert_close(guided_velocity(main, text, image, table), plain)
+        torch.testing.assert_close(guided_velocity(main, text, image, guidance), plain)
 
 
 def test_another_renorm_is_refused():
