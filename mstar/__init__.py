@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from mstar.errors import *  # noqa: F403
     from mstar.local import Engine as Engine
     from mstar.local import Handle as Handle
+    from mstar.models.pi05.policy import RobotPolicy as RobotPolicy
+    from mstar.models.pi05.robots import Robot as Robot
+    from mstar.models.pi05.runner import PolicyRunner as PolicyRunner
     from mstar.types import *  # noqa: F403
 
 __version__ = "0.1.0"
@@ -21,6 +24,9 @@ __version__ = "0.1.0"
 _HOME = {
     "mstar.client": ("AsyncMStarClient", "MStarClient"),
     "mstar.local": ("Engine", "Handle"),
+    "mstar.models.pi05.policy": ("RobotPolicy",),
+    "mstar.models.pi05.robots": ("Robot",),
+    "mstar.models.pi05.runner": ("PolicyRunner",),
     "mstar.types": (
         "ActionChunk",
         "AudioBuffer",
@@ -34,6 +40,7 @@ _HOME = {
         "Usage",
     ),
     "mstar.errors": (
+        "ContextTooLong",
         "DeadlineExceeded",
         "EngineClosed",
         "EngineOverloaded",

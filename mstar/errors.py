@@ -2,6 +2,7 @@
 
 MStarError
 ├── InvalidRequest (ValueError)     a field is wrong: names the field, its value, what is allowed
+│   └── ContextTooLong              the prompt has no room in the model's context, or in its memory
 ├── ModelNotFound (LookupError)     no such model in the registry, on disk or on the hub
 ├── WeightsError                    a checkpoint lacks a tensor, or holds one of another shape
 ├── EngineOverloaded                the queue is full; try again later
@@ -20,6 +21,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "ContextTooLong",
     "DeadlineExceeded",
     "EngineClosed",
     "EngineOverloaded",
@@ -55,6 +57,10 @@ class InvalidRequest(MStarError, ValueError):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.field, self.value, self.allowed)
+
+
+class ContextTooLong(InvalidRequest):
+    """A prompt that is longer than what the model, or its KV cache, takes."""
 
 
 class ModelNotFound(MStarError, LookupError):

@@ -20,7 +20,7 @@ class Handle:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.usage = Usage()  # the counts so far; they go up while the request runs
-        self.cancel_request: Callable[[], None] = lambda: None
+        self.cancel_request: Callable[[], None] = _nothing
         self._events: list[Event] = []
         self._error: BaseException | None = None
         self._done = False
@@ -74,13 +74,17 @@ class Handle:
     def raise_for_error(self) -> None:
         """Raise what ended the request early, if anything did."""
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                del self  # the error holds this frame, and the handle the error
 
     def listen(self, callback: Callable[[], None]) -> None:
         """Call `callback()` after every change, on the engine's thread (at once if it is done)."""
         with self._changed:
-            self._listeners.append(callback)
             done = self._done
+            if not done:
+                self._listeners.append(callback)
         if done:
             callback()
 
@@ -105,6 +109,8 @@ class Handle:
             self._done = True
             self._changed.notify_all()
         self._tell()
+        self._listeners.clear()
+        self.cancel_request = _nothing  # it holds the request, which holds this handle
 
     def _tell(self) -> None:
         for callback in list(self._listeners):
@@ -112,3 +118,7 @@ class Handle:
                 callback()
             except Exception:
                 log.exception("a listener of request %s raised", self.request_id)
+
+
+def _nothing() -> None:
+    pass

@@ -86,14 +86,16 @@ class KVPool:
         """Pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
-    def check_fits(self, field: str, value: Any, tokens: int) -> None:
+    def check_fits(
+        self, field: str, value: Any, tokens: int, error: type[InvalidRequest] = InvalidRequest
+    ) -> None:
         """Refuse a request that could never get the pages it may need.
 
         Raises:
-            InvalidRequest: names `field` and says how much there is.
+            error: names `field` and says how much there is.
         """
         if tokens > self.capacity:
-            raise InvalidRequest(
+            raise error(
                 field,
                 value,
                 f"the request may need {tokens} tokens of KV cache ({self.pages_for(tokens)} pages)"
@@ -184,7 +186,11 @@ class KVGroup:
         return not self.is_out and any(cache.pages for cache in self.caches)
 
     def swap_out(self) -> None:
-        """Copy all pages to host memory and give them back."""
+        """Copy all pages to host memory and give them back; drafts are not worth it."""
+        for cache in self.caches:
+            surplus = cache.pages[self.pool.pages_for(cache.length) :]
+            del cache.pages[len(cache.pages) - len(surplus) :]
+            self.pool.table.release(reversed(surplus))
         pages = self._pages()
         place = {page: index for index, page in enumerate(pages)}
         self._saved = self.pool.tensor[:, :, pages].to("cpu")

@@ -102,9 +102,13 @@ class Request:
         """Give the caller a float32 array of latents."""
         self._emit("latent", latents, lambda value: LatentChunk(value, metadata=metadata))
 
-    def emit_progress(self, step: int, steps: int, preview: bytes | Awaitable[bytes] = b"") -> None:
+    def emit_progress(
+        self, step: int, steps: int, preview: bytes | Awaitable[bytes] = b"", **metadata: Any
+    ) -> None:
         """Tell the caller how far an image is, with a PNG of what comes of it; before the image."""
-        self._emit("image", preview, lambda value: ProgressChunk(step, steps, value))
+        self._emit(
+            "image", preview, lambda value: ProgressChunk(step, steps, value, metadata=metadata)
+        )
 
     def _emit(self, modality: str, value: Any, make: Callable[[Any], Event]) -> None:
         line = self._lines.get(modality)
@@ -196,6 +200,7 @@ class Request:
 
     def _end(self, state: str, error: BaseException | None) -> None:
         was, self.state = self.state, state
+        self._lines = {}  # they hold the request
         if self._timer is not None:
             self._timer.cancel()
         self.on_end(self, was)
@@ -234,6 +239,7 @@ class _Place:
         self.begun: Trap | Task | None = None
 
     def resolve(self, value: Any) -> None:
+        self.begun = None  # it holds this place
         try:
             self.event = self.make(value)
             self.line.flush()

@@ -154,6 +154,8 @@ class Runtime:
     Args:
         is_out_of_memory: tells which errors of a node mean that a smaller batch might do.
         lane_context: context manager for the worker thread of nodes marked `beside`.
+        hand_over: called when such a node gets a batch; what it returns is called in that thread
+            before the batch runs (there, a device's stream waits for what made the payloads).
     """
 
     def __init__(
@@ -161,11 +163,13 @@ class Runtime:
         *,
         is_out_of_memory: Callable[[BaseException], bool] = lambda e: isinstance(e, MemoryError),
         lane_context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        hand_over: Callable[[], Callable[[], None]] = lambda: lambda: None,
     ) -> None:
         self.ready: deque[tuple[Task, Any, BaseException | None]] = deque()
         self.current: Task | None = None
         self._is_out_of_memory = is_out_of_memory
         self._lane_context = lane_context
+        self._hand_over = hand_over
         self._due: deque[Node] = deque()
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._wake = threading.Event()
@@ -321,7 +325,13 @@ class Runtime:
             node.running = True
             if self._lane is None:
                 self._lane = Lane("mstar-lane", self._lane_context)
-            self._lane.submit(lambda: self.post(self._back_from_lane, node, self._run(node, batch)))
+            ready = self._hand_over()
+
+            def work() -> None:
+                ready()
+                self.post(self._back_from_lane, node, self._run(node, batch))
+
+            self._lane.submit(work)
             return
         self._deliver(self._run(node, batch))
         if node.has_calls():

@@ -57,6 +57,7 @@ class Service:
         self._runtime = Runtime(
             is_out_of_memory=is_out_of_memory,
             lane_context=partial(_lane, device, max(1, cpu_threads // 4)),
+            hand_over=_stream_event if device.type == "cuda" else _nothing_to_wait_for,
         )
         for node in nodes:
             node.bind(self._runtime.schedule)
@@ -205,6 +206,17 @@ def _has_died(error: BaseException) -> BaseException:
     failure = EngineClosed(f"the engine died: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
+
+
+def _stream_event() -> Callable[[], None]:
+    """What is queued on this thread's stream now is done before the other one's goes on."""
+    event = torch.cuda.Event()
+    event.record()
+    return lambda: torch.cuda.current_stream().wait_event(event)
+
+
+def _nothing_to_wait_for() -> Callable[[], None]:
+    return lambda: None
 
 
 @contextlib.contextmanager

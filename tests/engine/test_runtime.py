@@ -693,3 +693,28 @@ def test_errors_and_withdrawn_calls_beside_the_others():
     thread.join(10)
     assert not thread.is_alive()
     assert (ends[0].value, ends[1].told) == ("caught", 0)
+
+
+def test_a_batch_is_handed_over_to_the_lane_with_what_it_has_to_wait_for():
+    told = []
+
+    def hand_over():
+        told.append(("handed", threading.current_thread().name))
+        return lambda: told.append(("ready", threading.current_thread().name))
+
+    def run(batch):
+        told.append(("run", threading.current_thread().name))
+        return batch
+
+    node = Node("aside", run, beside=True)
+    runtime = Runtime(hand_over=hand_over)
+
+    async def walk():
+        told.append(await node(1))
+        runtime.stop()
+
+    runtime.spawn(walk())
+    runtime.run()
+    assert told.pop() == 1
+    main = threading.current_thread().name
+    assert told == [("handed", main), ("ready", "mstar-lane"), ("run", "mstar-lane")]

@@ -12,8 +12,9 @@ from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters, plain
 from mstar.models.sampling_table import is_list, sampling_table
 
-__all__ = ["CARD", "RENORM_TYPES"]
+__all__ = ["CARD", "MOST_TOKENS", "OF_IMAGES", "OF_TEXT", "PARAMETERS", "RENORM_TYPES"]
 
+MOST_TOKENS = 1024
 RENORM_TYPES = ("global", "channel", "text_channel")
 
 
@@ -22,7 +23,7 @@ def interval(value: Any) -> tuple[float, float]:
     ends = [plain(end) for end in value] if is_list(value) else []
     numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
     if len(ends) != 2 or not numbers or not 0 <= ends[0] <= ends[1] <= 1:
-        raise ValueError("must be two numbers [low, high] with 0 <= low <= high <= 1")
+        raise ValueError("must be two numbers as a list, [low, high], 0 <= low <= high <= 1")
     return float(ends[0]), float(ends[1])
 
 
@@ -52,7 +53,7 @@ def arrays(value: Any) -> list[np.ndarray]:
 
 def _together(values: dict[str, Any]) -> None:
     least, most = values["min_tokens"], values["max_output_tokens"]
-    if least > most:
+    if most is not None and least > most:
         raise InvalidRequest("min_tokens", least, f"must not exceed max_output_tokens={most}")
     if values["latents"] is not None and values["num_images"] > 1:
         raise InvalidRequest(
@@ -65,18 +66,11 @@ _TEXT = [
     Parameter(
         "max_output_tokens",
         int,
-        1024,
         low=1,
         high=32768,
-        aliases=("max_tokens", "max_new_tokens"),
-        help="longest answer",
-    ),
-    Parameter(
-        "think",
-        bool,
         nullable=True,
-        help="think aloud before the answer or the image; by default only where text and an image "
-        "are asked for",
+        aliases=("max_tokens", "max_new_tokens"),
+        help=f"longest answer; null means {MOST_TOKENS}, or as many as there is room for",
     ),
     Parameter(
         "max_think_tokens",
@@ -86,6 +80,16 @@ _TEXT = [
         high=32768,
         aliases=("max_think_token_n",),
         help="longest thought before an image, counted with its start token, as published",
+    ),
+]
+
+_THINK = [
+    Parameter(
+        "think",
+        bool,
+        nullable=True,
+        help="think aloud before the answer or the image; by default only where text and an image "
+        "are asked for",
     ),
 ]
 
@@ -138,7 +142,7 @@ _IMAGE = [
         "cfg_interval",
         interval,
         nullable=True,
-        accepts="two numbers [low, high] with 0 <= low <= high <= 1",
+        accepts="two numbers as a list, [low, high], with 0 <= low <= high <= 1",
         help="timesteps in which guidance is on; by default [0.4, 1], in an edit [0, 1]",
     ),
     Parameter(
@@ -196,6 +200,7 @@ PARAMETERS = Parameters(
     "bagel",
     [
         *_TEXT,
+        *_THINK,
         *_IMAGE,
         Parameter(
             "seed",
@@ -203,11 +208,17 @@ PARAMETERS = Parameters(
             low=0,
             high=2**63 - 1,
             nullable=True,
-            help="same seed, same request: same output; the published code's image, too",
+            help="same seed, same request: same output, but for the last level of a colour here and "
+            "there; it is the published code's image, too",
         ),
     ],
     check=_together,
 )
+
+
+# What only text, a thought before an image included, or only images have a use for.
+OF_TEXT = tuple(parameter.name for parameter in _TEXT)
+OF_IMAGES = tuple(parameter.name for parameter in _IMAGE)
 
 
 def _recognises(config: dict[str, Any]) -> bool:

@@ -45,13 +45,29 @@ class Branches:
     image: KVCache | None
 
 
-async def draw(studio: Studio, request: Request, plan: Plan, branches: Branches) -> None:
-    """Draw all images of a request together; each is given to the caller decoded."""
-    drawing = plan.drawing
-    images = [_Image(studio, request, drawing, branches, noise).draw() for noise in drawing.noise]
-    for index, latents in enumerate(await gather(*images)):
-        request.usage.generated_tokens += len(latents)
-        request.emit_image(studio.decode(Drawn(drawing.grid, latents)), index=index, seed=plan.seed)
+async def draw(
+    studio: Studio, request: Request, plan: Plan, branches: Branches, abreast: int
+) -> None:
+    """Draw all images of a request; each is given to the caller decoded.
+
+    Args:
+        abreast: how many there is room for at a time.
+    """
+    noise = list(enumerate(plan.drawing.noise))
+    for first in range(0, len(noise), abreast):
+        wave = [
+            _Image(studio, request, plan.drawing, branches, index, start)
+            for index, start in noise[first : first + abreast]
+        ]
+        drawn = await gather(*(image.draw() for image in wave))
+        for image, latents in zip(wave, drawn, strict=True):
+            request.usage.generated_tokens += len(latents)
+            request.emit_image(
+                studio.decode(Drawn(plan.drawing.grid, latents)),
+                index=image.index,
+                seed=plan.seed,
+                **plan.notes,
+            )
 
 
 class _Branch:
@@ -89,10 +105,12 @@ class _Image:
         request: Request,
         drawing: Drawing,
         branches: Branches,
+        index: int,
         noise: Tensor,
     ) -> None:
         self.studio, self.request, self.drawing = studio, request, drawing
         self.contexts = branches
+        self.index = index
         self.noise = noise
 
     async def draw(self) -> Tensor:
@@ -107,7 +125,7 @@ class _Image:
                     return None
                 return _Branch(stack.enter_context(kv.fork()), drawing, taylor)
 
-            guided = any(step.guided for step in steps)
+            guided = drawing.is_guided
             main = branch(contexts.main, True)
             text = branch(contexts.text, guided and guidance.by_text)
             image = branch(contexts.image, guided and guidance.by_image)
@@ -120,7 +138,7 @@ class _Image:
                 mixed = guidance if step.guided else UNGUIDED
                 call = FlowCall(drawing.grid, latents, next_t, step.dt, hidden, mixed)
                 moved, tokens = await self.studio.flow(call)
-                self._tell(index + 1, call, moved)
+                await self._tell(index + 1, call, moved)
                 latents = moved
         return latents
 
@@ -132,15 +150,19 @@ class _Image:
         found = iter(await gather(*(branch.hidden(lm, tokens) for branch in needed)))
         return tuple(None if branch is None else next(found) for branch in branches)
 
-    def _tell(self, done: int, call: FlowCall, moved: Tensor) -> None:
-        """Tell the caller how far the image is, if that was asked for."""
+    async def _tell(self, done: int, call: FlowCall, moved: Tensor) -> None:
+        """Tell the caller how far the image is, if that was asked for.
+
+        Whoever wants previews waits for them, so that they do not pile up before the images of
+        others.
+        """
         params, steps = self.request.params, len(self.drawing.steps)
         every = params["preview_every"]
         if every and done % every == 0 and done < steps:
             # The flow is straight: from here it would end at x - t * velocity.
             velocity = (call.latents - moved) / call.dt
             end = moved - call.next_t * velocity
-            preview = self.studio.decode(Drawn(call.grid, end))
-            self.request.emit_progress(done, steps, preview)
+            preview = await self.studio.decode(Drawn(call.grid, end))
+            self.request.emit_progress(done, steps, preview, index=self.index)
         elif params["progress"]:
-            self.request.emit_progress(done, steps)
+            self.request.emit_progress(done, steps, index=self.index)

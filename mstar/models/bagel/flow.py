@@ -87,7 +87,7 @@ def _euler(
     numbers = [place for branch in places for place in branch]
     device = latents.device
     table = guidance_table([call.guidance for call in calls], [call.dt for call in calls], device)
-    start = latents if len(rows) == len(latents) else latents[list(rows)]
+    start = latents if len(rows) == len(latents) else latents[to_device(rows, torch.int64, device)]
     return guided_euler(
         start, velocities, to_device(numbers, torch.int32, device).view(3, -1), table
     )

@@ -14,12 +14,9 @@ from torch import Tensor
 
 from mstar.engine.kernels.guided_euler import guided_euler
 from mstar.engine.kernels.staging import to_device
+from mstar.models.bagel.card import RENORM_TYPES
 
-__all__ = ["RENORMS", "Guidance", "guidance_table", "guided_velocity"]
-
-# How lengths are compared: over the whole image, or of each token; "text_channel" renorms what
-# text guidance makes and leaves what image guidance adds.
-RENORMS = ("global", "channel", "text_channel")
+__all__ = ["Guidance", "guidance_table", "guided_velocity"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,9 @@ class Guidance:
     Args:
         text_scale: at most 1 is no guidance at all.
         image_scale: at most 1 is none by images.
-        renorm: one of `RENORMS`.
+        renorm: one of `RENORM_TYPES`: how lengths are compared, over the whole image or of each
+            token; "text_channel" renorms what text guidance makes and leaves what image guidance
+            adds.
         renorm_min: how far velocities may be shortened; 1 means not at all.
 
     Raises:
@@ -42,8 +41,8 @@ class Guidance:
     renorm_min: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.renorm not in RENORMS:
-            raise ValueError(f"renorm={self.renorm!r}: must be one of {', '.join(RENORMS)}")
+        if self.renorm not in RENORM_TYPES:
+            raise ValueError(f"renorm={self.renorm!r}: must be one of {', '.join(RENORM_TYPES)}")
 
     @property
     def by_text(self) -> bool:

@@ -18,8 +18,9 @@ from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
 from mstar.engine.prefill import prefill
 from mstar.engine.request import Request
-from mstar.errors import ContextTooLong, WeightsError
+from mstar.errors import ContextTooLong, InvalidRequest, WeightsError
 from mstar.models.bagel.autoencoder import Autoencoder
+from mstar.models.bagel.card import MOST_TOKENS
 from mstar.models.bagel.contexts import Contexts, Mark, Medium
 from mstar.models.bagel.drawing import Branches, draw
 from mstar.models.bagel.flow import flow_runner
@@ -35,8 +36,8 @@ from mstar.models.text import TextGeneration, sampling_params
 
 __all__ = ["Bagel"]
 
-# Most tokens in one batch of the decoder: images are fed as a whole, and so are their drafts.
-_SPAN_BUDGET = 32768
+# Most drafts of the largest image in one batch of the decoder.
+_DRAFTS = 8
 _FEATURES = 256 << 20  # bytes of encoded images that are kept
 
 
@@ -114,7 +115,7 @@ class Bagel(Model):
             pool,
             max_batch=setup.max_batch,
             token_budget=setup.token_budget,
-            span_budget=_SPAN_BUDGET,
+            span_budget=_DRAFTS * (bagel.side**2 + 2),
             look_ahead=setup.look_ahead,
         )
         return cls(bagel, autoencoder, lm, tokenizer)
@@ -133,22 +134,45 @@ class Bagel(Model):
     def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
         """See `Model.prepare`."""
         plan = self.planner.plan(inputs, params, outputs)
-        contexts = self._contexts(plan)
-        prompt = contexts.main.end.length
-        longest = self.config.llm.max_position_embeddings
-        if contexts.main.end.position >= longest:
-            shown = f"a prompt of {contexts.main.end.position} positions"
-            raise ContextTooLong("text", shown, f"the model takes {longest}")
+        end, room = self._contexts(plan).main.end, self._room
+        shown = f"a prompt of {end.length} tokens"
+        if end.position + 1 >= self.config.llm.max_position_embeddings:
+            longest = self.config.llm.max_position_embeddings
+            raise ContextTooLong("text", f"{end.position} positions", f"the model takes {longest}")
+        pool = self.lm.pool
         if plan.drawing is None:
-            most, pool = params["max_output_tokens"], self.lm.pool
-            pool.check_fits("text", f"a prompt of {prompt} tokens", prompt + 1, ContextTooLong)
-            pool.check_fits("max_output_tokens", most, prompt + most + 1)
+            pool.check_fits("text", shown, end.length + 1, ContextTooLong)
+            most = params["max_output_tokens"]
+            if most is not None and most > room(end):
+                allowed = f"there is room for {room(end)} after the prompt"
+                raise InvalidRequest("max_output_tokens", most, allowed)
             return plan
-        thought = params["max_think_tokens"] if plan.think else 0
-        needed = prompt + thought + contexts.without_images.end.length + 3 * plan.drawing.tokens
-        shown = f"a prompt of {prompt} tokens and an image"
-        self.lm.pool.check_fits("text", shown, needed, ContextTooLong)
+        thought = params["max_think_tokens"] + 2 if plan.think else 0
+        if plan.think and thought > room(end):
+            allowed = f"there is room for {room(end)} after the prompt"
+            raise InvalidRequest("max_think_tokens", params["max_think_tokens"], allowed)
+        shown = f"{shown} and an image of {plan.drawing.tokens}"
+        needed = self._held(plan, thought) + self._drafts(plan)
+        pool.check_fits("text", shown, needed, ContextTooLong)
         return plan
+
+    def _room(self, end: Mark) -> int:
+        """Tokens that may follow a prompt."""
+        longest = self.config.llm.max_position_embeddings
+        return min(longest - end.position, self.lm.pool.capacity - end.length) - 1
+
+    def _held(self, plan: Plan, thought: int) -> int:
+        """Tokens of KV cache that the contexts of a drawing take."""
+        contexts, page = self._contexts(plan), self.lm.pool.page_size
+        beside = contexts.without_images.end.length if contexts.has_images else 0
+        negative = len(plan.drawing.negative or ())
+        return contexts.main.end.length + thought + beside + negative + 3 * page
+
+    def _drafts(self, plan: Plan) -> int:
+        """Tokens of KV cache that one image takes while it is drawn."""
+        drawing, page = plan.drawing, self.lm.pool.page_size
+        branches = 1 + drawing.is_guided * (1 + drawing.guidance.by_image)
+        return branches * (drawing.tokens + 2 * page)
 
     def _contexts(self, plan: Plan) -> Contexts:
         contexts = Contexts()
@@ -212,11 +236,12 @@ class Bagel(Model):
             aside = stack.enter_context(main.fork())  # empty still: for the context without images
             await prefill(self.lm, main, contexts.main.spans, usage)
             contexts.main.end.place(main)
+            mark = main.length
             if plan.drawing is None:
-                return await self._write(request, plan, main)
+                return await self._write(request, plan, main, contexts.main.end)
             if not contexts.has_images:  # then it is the beginning of the main one
                 contexts.without_images.end.place(aside := stack.enter_context(main.fork()))
-            elif plan.drawing.guidance.by_image:
+            elif plan.drawing.is_guided and plan.drawing.guidance.by_image:
                 await prefill(self.lm, aside, contexts.without_images.spans)
                 contexts.without_images.end.place(aside)
             if plan.think:
@@ -225,12 +250,14 @@ class Bagel(Model):
             await self._without_text(away, contexts.without_text, plan)
             same = not contexts.has_images and not plan.think
             branches = Branches(main, away, None if same else aside)
-            await draw(self, request, plan, branches)
+            left = self.lm.pool.capacity - self._held(plan, main.length - mark)
+            abreast = max(1, left // self._drafts(plan))
+            await draw(self, request, plan, branches, abreast)
         return "stop"
 
-    async def _write(self, request: Request, plan: Plan, kv: KVCache) -> str | None:
+    async def _write(self, request: Request, plan: Plan, kv: KVCache, end: Mark) -> str | None:
         params = request.params
-        limit = params["max_output_tokens"]
+        limit = params["max_output_tokens"] or min(MOST_TOKENS, self._room(end))
         text = self._generation(request, plan, kv, limit, params["stop"] or ())
         await text.emit(request)
         return text.finish_reason
@@ -239,8 +266,9 @@ class Bagel(Model):
         """Think on a copy of the context, and append what was thought, as text, to it."""
         with main.fork() as kv:
             limit = request.params["max_think_tokens"] - 1
-            text = self._generation(request, plan, kv, limit)
+            text = self._generation(request, plan, kv, limit, request.params["stop"] or ())
             await text.emit(request)
+        plan.notes["thought"] = text.finish_reason
         span = self.tokenizer.text_span(self.tokenizer.answer(text.ids))
         contexts.main.text(span)
         await prefill(self.lm, main, contexts.main.spans[-1:])
@@ -250,8 +278,9 @@ class Bagel(Model):
         self, request: Request, plan: Plan, kv: KVCache, limit: int, stop: Sequence[str] = ()
     ) -> TextGeneration:
         tokenizer = self.tokenizer
+        params = request.params
         sampling = sampling_params(
-            request.params,
+            {**params, "min_tokens": min(params["min_tokens"], limit)},
             max_tokens=limit,
             end_ids=(tokenizer.end, tokenizer.start),  # text after another start is not shown
             seed=plan.seed,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mstar.errors import InvalidRequest
+from mstar.models.bagel.card import OF_IMAGES, OF_TEXT, PARAMETERS
 from mstar.models.bagel.config import BagelConfig
 from mstar.models.bagel.guidance import Guidance
 from mstar.models.bagel.pictures import Picture, read_picture
@@ -41,6 +42,11 @@ class Drawing:
     negative: list[int] | None
 
     @property
+    def is_guided(self) -> bool:
+        """Whether guidance is on in any step."""
+        return self.guidance.by_text and any(step.guided for step in self.steps)
+
+    @property
     def tokens(self) -> int:
         """Of one image in the decoder."""
         return self.grid[0] * self.grid[1] + 2
@@ -56,6 +62,7 @@ class Plan:
         seed: of everything that is drawn.
         eps: noise of each picture for the autoencoder, `[1, z, height / f, width / f]`.
         drawing: `None` where text is to be made.
+        notes: for the metadata of the images.
     """
 
     elements: list[list[int] | Picture]
@@ -63,6 +70,7 @@ class Plan:
     seed: int
     eps: list[Tensor]
     drawing: Drawing | None
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class Planner:
@@ -90,8 +98,7 @@ class Planner:
                 "think", False, "the text beside an image is the thought before it; leave it out"
             )
         think = (draws and "text" in outputs) if think is None else think
-        if not draws:
-            self._check_nothing_drawn(params)
+        self._check_of_use(params, draws, think)
         elements: list[list[int] | Picture] = []
         for turn in turns_of(inputs, ("text", "image")):
             for part in turn.parts:
@@ -99,8 +106,10 @@ class Planner:
                     elements.append(read_picture(part.value, self.config, draws=draws))
                 elif part.value.strip():
                     elements.append(self.tokenizer.text_span(part.value))
-                else:
+                elif inputs.messages is None:
                     raise InvalidRequest("text", part.value, "is empty")
+        if not elements:
+            raise InvalidRequest("messages", inputs.messages, "hold neither text nor an image")
         pictures = [element for element in elements if isinstance(element, Picture)]
         seed = secrets.randbits(63) if params["seed"] is None else params["seed"]
         # The draws of the published code, in its order: pictures first, then the start noise.
@@ -109,11 +118,20 @@ class Planner:
         drawing = self._drawing(pictures, params, generator) if draws else None
         return Plan(elements, think, seed, eps, drawing)
 
-    def _check_nothing_drawn(self, params: dict[str, Any]) -> None:
-        for name in ("width", "height", "latents", "vae_noise", "negative_prompt"):
-            if params[name] is not None:
-                allowed = "is for images: ask for them with output_modalities=('image',)"
-                raise InvalidRequest(name, str(params[name])[:80], allowed)
+    def _check_of_use(self, params: dict[str, Any], draws: bool, think: bool) -> None:
+        """Refuse parameters that were set and that this request has no use for."""
+        useless = [] if draws else list(OF_IMAGES)
+        if draws and not think:
+            useless += OF_TEXT
+        if not (draws and think):
+            useless.append("max_think_tokens")
+        for name in useless:
+            value, usual = params[name], PARAMETERS[name].default
+            if value is not None and (usual is None or value != usual):
+                how = "an image" if draws else "text"
+                wants = "a thought before it" if draws else "images: output_modalities=('image',)"
+                allowed = f"{how} is asked for, and this is for {wants}"
+                raise InvalidRequest(name, str(value)[:80], allowed)
 
     def _eps(
         self, pictures: list[Picture], given: list[Any] | None, generator: torch.Generator
@@ -123,8 +141,9 @@ class Planner:
             (1, vae.z_channels, *(side // vae.downsample for side in picture.size))
             for picture in pictures
         ]
+        drawn = [torch.randn(shape, generator=generator) for shape in shapes]
         if given is None:
-            return [torch.randn(shape, generator=generator) for shape in shapes]
+            return drawn
         if len(given) != len(shapes):
             raise InvalidRequest(
                 "vae_noise", f"{len(given)} arrays", f"there are {len(shapes)} input images"

@@ -21,7 +21,7 @@ from mstar.engine.runtime import Task
 from mstar.engine.sampling import SamplingParams, mix
 from mstar.engine.traps import Call, spawn
 from mstar.engine.weights import load, randomize
-from mstar.errors import InvalidRequest
+from mstar.errors import ContextTooLong, InvalidRequest
 from mstar.models.base import Inputs, Model, Setup
 from mstar.models.orpheus.card import MOST_TOKENS
 from mstar.models.orpheus.codec import CodecJob, codec_runner
@@ -154,7 +154,7 @@ class Orpheus(Model):
         Raises:
             InvalidRequest: there is no room for what was asked.
         """
-        self._check_fits("text", text, prompt + 1)
+        self._check_fits("text", text, prompt + 1, ContextTooLong)
         for field in ("max_output_tokens", "min_tokens"):
             if params[field] is not None:
                 self._check_fits(field, params[field], prompt + params[field])
@@ -162,14 +162,16 @@ class Orpheus(Model):
             return params["max_output_tokens"]
         return min(MOST_TOKENS, min(self.longest, self.lm.pool.capacity) - prompt)
 
-    def _check_fits(self, field: str, value: Any, tokens: int) -> None:
+    def _check_fits(
+        self, field: str, value: Any, tokens: int, error: type[InvalidRequest] = InvalidRequest
+    ) -> None:
         if tokens > self.longest:
-            raise InvalidRequest(
+            raise error(
                 field,
                 value,
                 f"the request may need {tokens} tokens, and the model takes {self.longest}",
             )
-        self.lm.pool.check_fits(field, value, tokens)
+        self.lm.pool.check_fits(field, value, tokens, error)
 
     async def walk(self, request: Request) -> str:
         """Speak the utterances abreast, deliver them one after another."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mstar.models.bagel.guidance import RENORMS, Guidance, guided_velocity
+from mstar.models.bagel.guidance import RENORM_TYPES, Guidance, guided_velocity
 from mstar.models.bagel.schedule import flow_steps, timesteps
 from mstar.models.bagel.taylorseer import TaylorSeer
 
@@ -75,7 +75,7 @@ def test_guided_velocities_are_those_of_the_reference_all_at_once(goldens):
 
 
 def test_a_request_is_guided_alike_whatever_goes_with_it():
-    kinds = [Guidance(4.0, 2.0, renorm, 0.1) for renorm in RENORMS] + [Guidance()]
+    kinds = [Guidance(4.0, 2.0, renorm, 0.1) for renorm in RENORM_TYPES] + [Guidance()]
     main, text, image = torch.randn(3, 4, 48, 64)
     together = guided_velocity(main, text, image, kinds)
     for n, kind in enumerate(kinds):
@@ -96,7 +96,7 @@ def test_what_is_not_needed_may_be_anything():
 
 def test_without_renorm_the_formula_is_plain():
     main, text, image = torch.randn(3, 1, 6, 64)
-    for renorm in RENORMS:
+    for renorm in RENORM_TYPES:
         guidance = [Guidance(4.0, 2.0, renorm, renorm_min=1.0)]
         plain = text + 4 * (main - text)
         plain = image + 2 * (plain - image)

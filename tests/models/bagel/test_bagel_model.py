@@ -112,6 +112,45 @@ def test_several_images_come_from_noise_that_follows_on(engine):
     assert several.usage.generated_tokens == 3 * single.usage.generated_tokens == 3 * 16
 
 
+@pytest.mark.parametrize("more", [{}, {"negative_prompt": "word " * 20}])
+def test_more_images_than_there_is_room_for_are_drawn_in_waves(more):
+    asked = {**BRIEF, "text": "A boat", "seed": 3, "num_images": 9, **more}
+    with Engine("bagel-tiny") as engine:
+        plenty = engine.generate(**asked)
+    with Engine("bagel-tiny", kv_tokens=512) as engine:
+        scarce = engine.generate(**asked)
+        assert pages_used(engine) == 0
+    for one, other in zip(plenty.images, scarce.images, strict=True):
+        assert_same_picture(levels(one), levels(other))
+
+
+def test_noise_for_the_encoder_leaves_the_start_noise_of_the_seed(engine):
+    case = CASES["edit_text_channel"]
+    eps = GOLDEN["edit_text_channel.vae0.eps"]
+    assert_golden("edit_text_channel", engine.generate(**request_of(case), vae_noise=eps))
+
+
+def test_a_thought_that_was_cut_is_told_with_the_image(engine):
+    for name, reason in (("t2i_think", "stop"), ("edit_think", "length")):
+        result = engine.generate(**request_of(CASES[name]))
+        (image,) = (event for event in result.raw if isinstance(event, ImageChunk))
+        assert image.metadata["thought"] == reason
+
+
+def test_previews_do_not_keep_others_from_their_images(engine):
+    greedy = [
+        engine.submit(
+            text="A boat", num_images=4, preview_every=1, **{**BRIEF, "num_timesteps": 400}
+        )
+        for _ in range(4)
+    ]
+    began = time.monotonic()
+    engine.generate(text="A car", **BRIEF)
+    assert time.monotonic() - began < 5
+    for handle in greedy:
+        handle.cancel()
+
+
 def test_branches_that_make_no_difference_are_not_computed():
     def calls(**more):
         with Engine("bagel-tiny") as engine:
@@ -174,6 +213,7 @@ def test_progress_and_previews_are_told_on_the_way(engine):
     events = list(engine.generate(**asked, stream=True))
     told = [event for event in events if isinstance(event, ProgressChunk)]
     assert [(event.step, event.steps) for event in told] == [(i, 8) for i in range(1, 9)]
+    assert {event.metadata["index"] for event in told} == {0}
     previews = {event.step: levels(event.preview) for event in told if event.preview}
     assert sorted(previews) == [3, 6]
     final = GOLDEN["t2i_global.image"]
@@ -232,6 +272,8 @@ def test_a_conversation_is_its_texts_in_order(engine):
     )
     assert more.usage.prompt_tokens > answer.usage.prompt_tokens
     assert more.text != answer.text
+    empty = {"role": "assistant", "content": ""}
+    assert engine.generate(messages=[empty, question], max_output_tokens=6).text == answer.text
     system = {"role": "system", "content": "Be brief."}
     assert engine.generate(messages=[system, question], max_output_tokens=6).text != answer.text
 

@@ -1,0 +1,176 @@
+"""Mixture-of-experts MLP: every token goes through the `top_k` experts that a router chooses.
+
+(Shazeer et al. 2017, section 2, with gated experts: Shazeer 2020, equation 6.)
+
+    weights, experts = route(logits, top_k)
+    y = run_experts(x, weights, experts, gate_up, down)
+
+`run_experts` is where a grouped matrix product for a GPU goes; `experts_loop` is what it is
+compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mstar.engine.kernels.gated import silu_mul
+from mstar.engine.layers.linear import linear
+from mstar.engine.weights import Source
+
+__all__ = ["MoE", "experts_gathered", "experts_grouped", "experts_loop", "route", "run_experts"]
+
+# Up to so many elements, the weights of all chosen experts are copied side by side and used at
+# once: for small experts that costs less than a call for each of them.
+_COPIED = 1 << 16
+
+
+class MoE(nn.Module):
+    """Router and experts of one layer, and the expert that all tokens share, where there is one.
+
+    All experts' matrices are in one tensor each, so that a grouped product finds them by index.
+
+    Args:
+        hidden: width of the tokens.
+        inner: width inside an expert.
+        experts: how many there are.
+        top_k: how many a token goes through.
+        normalise: whether a token's weights are made to add up to 1.
+        shared: width inside the shared expert; 0 for none.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        inner: int,
+        experts: int,
+        top_k: int,
+        *,
+        normalise: bool = True,
+        shared: int = 0,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.normalise = normalise
+        self.gate = nn.Linear(hidden, experts, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, inner))
+        self.shared_expert = _Shared(hidden, shared) if shared else None
+        self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if shared else None
+
+    def sources(self, name: str) -> Sequence[Source]:
+        """Where parameter `name` is in a checkpoint that has every expert's matrices apart."""
+        experts = range(len(self.down))
+        if name == "gate_up":
+            parts = ("gate_proj", "up_proj")
+            return (Source(tuple(f"experts.{e}.{p}.weight" for e in experts for p in parts)),)
+        if name == "down":
+            return (Source(tuple(f"experts.{e}.down_proj.weight" for e in experts)),)
+        if "gate_up_proj" in name:
+            parts = (name.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj"))
+            return (Source(tuple(parts)),)
+        return (Source((name,)),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[tokens, hidden]` to the same."""
+        weights, experts = route(linear(x, self.gate.weight), self.top_k, normalise=self.normalise)
+        y = run_experts(x, weights, experts, self.gate_up, self.down)
+        if self.shared_expert is None:
+            return y
+        share = linear(x, self.shared_expert_gate.weight).sigmoid()
+        return torch.addcmul(y, share, self.shared_expert(x))
+
+
+class _Shared(nn.Module):
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(silu_mul(linear(x, self.gate_up_proj.weight)), self.down_proj.weight)
+
+
+def route(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
+    """Choose experts by the router's scores `[tokens, experts]`.
+
+    Returns:
+        Weights float32 and experts int64, both `[tokens, top_k]`, the heaviest first. The weights
+        are shares of the softmax over all experts; normalised, they add up to 1.
+    """
+    weights, experts = logits.float().softmax(-1).topk(top_k, -1)
+    return (weights / weights.sum(-1, keepdim=True) if normalise else weights), experts
+
+
+def run_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """The weighted sum of every token's experts.
+
+    Args:
+        x: `[tokens, hidden]`.
+        weights, experts: of each token, `[tokens, top_k]`.
+        gate_up: `[experts, 2 * inner, hidden]`, the gates first.
+        down: `[experts, hidden, inner]`.
+
+    Returns:
+        `[tokens, hidden]`.
+    """
+    copied = experts.numel() * gate_up[0].numel()
+    compute = experts_gathered if copied <= _COPIED else experts_grouped
+    return compute(x, weights, experts, gate_up, down)
+
+
+def experts_loop(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`run_experts` as it is defined: one expert after the other."""
+    y = torch.zeros_like(x)
+    for expert in range(len(down)):
+        rows, place = (experts == expert).nonzero(as_tuple=True)
+        if len(rows):
+            own = linear(silu_mul(linear(x[rows], gate_up[expert])), down[expert])
+            y.index_add_(0, rows, own * weights[rows, place, None].to(x.dtype))
+    return y
+
+
+def experts_grouped(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`run_experts` with the tokens in the order of their experts; unused experts cost nothing.
+
+    Reads on the host how many tokens each expert has.
+    """
+    top_k = experts.shape[1]
+    chosen, order = experts.flatten().sort()
+    used, counts = chosen.unique_consecutive(return_counts=True)
+    rows = x[order // top_k]
+    own = torch.empty_like(rows)
+    start = 0
+    for expert, count in zip(used.tolist(), counts.tolist(), strict=True):
+        part = slice(start, start + count)
+        start += count
+        own[part] = linear(silu_mul(linear(rows[part], gate_up[expert])), down[expert])
+    back = torch.empty_like(own)
+    back[order] = own
+    return _weighted(back, weights)
+
+
+def experts_gathered(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """`run_experts` with a copy of each token's experts, in two batched products."""
+    top_k = experts.shape[1]
+    chosen = experts.flatten()
+    rows = x.repeat_interleave(top_k, 0).unsqueeze(-1)
+    inner = silu_mul(torch.bmm(gate_up[chosen], rows).squeeze(-1))
+    own = torch.bmm(down[chosen], inner.unsqueeze(-1)).squeeze(-1)
+    return _weighted(own, weights)
+
+
+def _weighted(own: Tensor, weights: Tensor) -> Tensor:
+    """Sum `[tokens * top_k, hidden]` over each token's experts, in the order of their weights."""
+    own = own.unflatten(0, weights.shape)
+    return torch.bmm(weights.to(own.dtype).unsqueeze(1), own).squeeze(1)

@@ -1,0 +1,134 @@
+"""The code predictor: the first code of a frame -> the others, one after the other.
+
+Every frame is a short sequence of its own: the Talker's hidden state, the first code, the second,
+and so on. Frames of many sequences run side by side; nothing here depends on values, so that a
+whole frame can be captured as one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mstar.engine.kernels.rotary_store import rotary_store
+from mstar.engine.layers.attention import Projected
+from mstar.engine.layers.linear import linear
+from mstar.engine.weights import Source
+from mstar.models.qwen3_omni.decoder import Decoder
+from mstar.models.qwen3_omni.sizes import DecoderConfig
+
+__all__ = ["CodePredictor", "Frames"]
+
+
+class CodePredictor(nn.Module):
+    """A decoder with an embedding table and a head for every code but the first.
+
+    Args:
+        groups: codes of a frame.
+    """
+
+    def __init__(self, config: DecoderConfig, groups: int) -> None:
+        super().__init__()
+        self.config = config
+        shape = groups - 1, config.vocab_size, config.hidden_size
+        self.codec_embedding = nn.Parameter(torch.empty(shape))
+        self.decoder = Decoder(config)
+        self.lm_head = nn.Parameter(torch.empty(shape))
+
+    def sources(self, name: str) -> Sequence[Source]:
+        """Where parameter `name` is in a checkpoint, in which tables and heads are apart."""
+        groups = range(len(self.lm_head))
+        if name == "codec_embedding":
+            return (Source(tuple(f"model.codec_embedding.{k}.weight" for k in groups)),)
+        if name == "lm_head":
+            return (Source(tuple(f"lm_head.{k}.weight" for k in groups)),)
+        raise KeyError(name)
+
+    def embedded(self, codes: Tensor) -> Tensor:
+        """The sum `[frames, hidden]` of the embeddings of codes `[frames, groups - 1]`."""
+        offsets = torch.arange(codes.shape[1], device=codes.device) * self.config.vocab_size
+        return F.embedding(codes + offsets, self.codec_embedding.flatten(0, 1)).sum(1)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        first: Tensor,
+        choose: Callable[[Tensor], Tensor],
+        *,
+        keep: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The other codes of frames.
+
+        Args:
+            hidden: the Talker's normed hidden states from which the first codes came, `[frames,
+                hidden]`.
+            first: the Talker's embeddings of the first codes, like them.
+            choose: scores float32 `[frames, vocab]` -> codes `[frames]`. Called once for each code.
+            keep: a list to which the scores are appended.
+
+        Returns:
+            Codes int64 `[frames, groups - 1]`.
+        """
+        count, groups = len(hidden), len(self.lm_head)
+        frames = Frames(self.decoder, count, groups + 1, hidden)
+        x = torch.stack([hidden, first], 1).flatten(0, 1)
+        codes: list[Tensor] = []
+        for k in range(groups):
+            states = frames.extend(x).view(count, -1, hidden.shape[1])[:, -1]
+            scores = linear(states, self.lm_head[k]).float()
+            if keep is not None:
+                keep.append(scores)
+            codes.append(choose(scores))
+            if k + 1 < groups:
+                x = F.embedding(codes[-1], self.codec_embedding[k])
+        return torch.stack(codes, 1)
+
+
+class Frames:
+    """Sequences that grow together, with room for a known length: an `AttentionContext`.
+
+    Args:
+        count: how many sequences.
+        length: most tokens of each.
+        like: of which dtype and device keys and values are.
+    """
+
+    def __init__(self, decoder: Decoder, count: int, length: int, like: Tensor) -> None:
+        layout = decoder.kv_layout
+        self.decoder = decoder
+        self.count = count
+        self.length = 0
+        shape = layout.layers, count, length, layout.kv_heads, layout.head_dim
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        places = torch.arange(length, device=like.device)
+        self._positions = places.expand(count, -1)
+        self._slots = self._positions + torch.arange(count, device=like.device)[:, None] * length
+
+    def extend(self, x: Tensor) -> Tensor:
+        """Normed hidden states `[count * new, hidden]` of new tokens of every sequence."""
+        new = len(x) // self.count
+        rows = slice(self.length, self.length + new)
+        self.length += new
+        self._now = self._slots[:, rows].flatten()
+        return self.decoder(x, self._positions[:, rows].flatten(), self)[0]
+
+    def attend(
+        self,
+        layer: int,
+        parts: Sequence[Projected],
+        angles: tuple[Tensor, Tensor],
+        heads: int,
+        kv_heads: int,
+    ) -> Tensor:
+        """See `AttentionContext.attend`."""
+        ((qkv, norms),) = parts
+        keys, values = self.keys[layer], self.values[layer]
+        q = rotary_store(qkv, *angles, keys, values, self._now, heads, kv_heads, norms)
+        q = q.unflatten(0, (self.count, -1)).transpose(1, 2)
+        k, v = (pages[:, : self.length].transpose(1, 2) for pages in (keys, values))
+        causal = q.shape[2] > 1  # then these are the first tokens
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -1,0 +1,220 @@
+"""Images and videos of a request: from whatever was given to patches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from mstar.errors import InvalidRequest
+from mstar.io.image import MAX_PIXELS
+from mstar.io.probe import Unreadable, open_container, probe_video
+from mstar.io.rgb import rgb_of, shown
+from mstar.models.qwen3_omni.pixels import IMAGES, VIDEOS, PixelRule, resized, to_patches
+from mstar.models.qwen3_omni.sizes import VisionConfig
+from mstar.models.qwen3_omni.vision import Grid
+
+__all__ = ["Sampling", "Visual", "read_bytes", "read_picture", "read_video", "sampled"]
+
+_LONGEST = 3600.0  # seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """An image or a video.
+
+    Args:
+        key: hash of its pixels.
+        patches: uint8 `[patches, patch_dim]`; `pixels.normalised` makes them what the encoder
+            takes.
+        grid: patches in time, down and across.
+        seconds: of a video, from one time of the grid to the next.
+    """
+
+    key: bytes
+    patches: Tensor
+    grid: Grid
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a video are seen.
+
+    Args:
+        fps: frames of a second.
+        min_frames, max_frames: at least and at most so many, if there are as many.
+    """
+
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"fps={self.fps}: must be above 0, and at most 1000")
+        if not 1 <= self.min_frames <= self.max_frames:
+            raise ValueError(
+                f"min_frames={self.min_frames}, max_frames={self.max_frames}: must be at least 1, "
+                "and rise"
+            )
+
+
+def sampled(count: int, fps: float, sampling: Sampling) -> tuple[list[int], float]:
+    """Which of `count` frames are taken, an even number of them, and how many that is in a second.
+
+    Args:
+        fps: frames of a second that there are.
+    """
+    wanted = count / fps * sampling.fps
+    least, most = -(-sampling.min_frames // 2) * 2, sampling.max_frames // 2 * 2
+    taken = int(min(max(wanted, least), max(most, 2), count)) // 2 * 2
+    if taken < 2:
+        return [0] * min(count, 1), sampling.fps
+    as_asked = taken == int(wanted) // 2 * 2
+    places = np.linspace(0, count - 1, taken).round().astype(int).tolist()
+    return places, sampling.fps if as_asked else taken / count * fps
+
+
+def read_picture(value: Any, config: VisionConfig, rule: PixelRule = IMAGES) -> Visual:
+    """Open and resize an image.
+
+    Args:
+        value: a path, bytes, `(filename, bytes)`, a PIL image or an array `[height, width(, 3)]`.
+
+    Raises:
+        InvalidRequest: it is not an image, a broken one, or one that is too long and thin.
+    """
+    try:
+        frame = np.array(resized(rgb_of(value), rule, config))
+    except ValueError as error:
+        raise InvalidRequest("images", shown(value), str(error)) from None
+    return _visual(frame[None], config, None)
+
+
+def read_video(
+    value: Any,
+    config: VisionConfig,
+    sampling: Sampling | None = None,
+    rule: PixelRule = VIDEOS,
+    longest: float = _LONGEST,
+) -> Visual:
+    """Open a video, choose frames and resize them.
+
+    Args:
+        value: a path, bytes, `(filename, bytes)`, or an array uint8 `[times, height, width, 3]` of
+            frames that are chosen already, `sampling.fps` a second.
+        longest: seconds, refused beyond that.
+
+    Raises:
+        InvalidRequest: it is not a video, a broken one, or none that can be served.
+    """
+    sampling = sampling or Sampling()
+    try:
+        if hasattr(value, "detach"):
+            value = value.detach().cpu().numpy()
+        if isinstance(value, np.ndarray):
+            images, fps = _of_array(value, sampling), sampling.fps
+        else:
+            images, fps = _of_file(read_bytes(value), sampling, longest)
+        frames = [np.asarray(resized(image, rule, config)) for image in images]
+        if not frames:
+            raise ValueError("it has no frames")
+    except ModuleNotFoundError:
+        allowed = "videos need PyAV: pip install mstar[video]"
+    except ValueError as error:
+        allowed = str(error)
+    else:
+        return _visual(np.stack(frames), config, config.temporal_patch_size / fps)
+    raise InvalidRequest("video", shown(value), allowed)
+
+
+def read_bytes(value: Any) -> bytes:
+    """The bytes of a file: of a path, bytes, or `(filename, bytes)`.
+
+    Raises:
+        ValueError: it is something else, or cannot be read.
+    """
+    if isinstance(value, (str, PathLike)):
+        try:
+            return Path(value).read_bytes()
+        except OSError as error:
+            raise ValueError(error.strerror or str(error)) from None
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        value = value[1]
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    raise ValueError("must be a path, bytes, (filename, bytes) or an array of frames")
+
+
+def _visual(frames: np.ndarray, config: VisionConfig, seconds: float | None) -> Visual:
+    digest = hashlib.blake2b(np.ascontiguousarray(frames).data, digest_size=16)
+    digest.update(f"{frames.shape} {seconds}".encode())
+    patches, grid = to_patches(frames, config)
+    return Visual(digest.digest(), patches, grid, seconds)
+
+
+def _of_array(value: np.ndarray, sampling: Sampling) -> Iterator[Image.Image]:
+    if value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3 or not value.size:
+        raise ValueError("an array must be uint8 [times, height, width, 3]")
+    if len(value) > sampling.max_frames:
+        raise ValueError(f"it has {len(value)} frames, and at most {sampling.max_frames} are seen")
+    return map(Image.fromarray, value)
+
+
+def _of_file(
+    data: bytes, sampling: Sampling, longest: float
+) -> tuple[Iterator[Image.Image], float]:
+    try:
+        stated = probe_video(data, longest)
+    except Unreadable as error:
+        raise ValueError(str(error)) from None
+    if stated.seconds > longest:
+        raise ValueError(f"it is longer than {longest:g} seconds")
+    if stated.width * stated.height > MAX_PIXELS:
+        raise ValueError(f"a frame has more than {MAX_PIXELS} pixels")
+    import av
+
+    try:
+        count, fps = _counted(data, stated.seconds)
+        places, fps = sampled(count, fps, sampling)
+        return _frames(data, set(places)), fps
+    except av.FFmpegError as error:
+        raise ValueError(f"it is broken: {error.strerror}") from None
+
+
+def _counted(data: bytes, seconds: float) -> tuple[int, float]:
+    """How many frames there are, and how many in a second."""
+    with open_container(data) as file:
+        stream = file.streams.video[0]
+        count = sum(packet.size > 0 for packet in file.demux(stream))
+        fps = float(stream.average_rate or 0) or count / max(seconds, 1e-3)
+    return count, min(max(fps, 1e-3), 1000.0)
+
+
+def _frames(data: bytes, places: set[int]) -> Iterator[Image.Image]:
+    """The frames at some places, as a viewer shows them."""
+    import av
+
+    try:
+        with open_container(data) as file:
+            stream = file.streams.video[0]
+            stream.thread_type = "AUTO"
+            for index, frame in enumerate(file.decode(stream)):
+                if frame.width * frame.height > MAX_PIXELS:
+                    raise ValueError(f"a frame has more than {MAX_PIXELS} pixels")
+                if index in places:
+                    image = frame.to_image()
+                    turn = getattr(frame, "rotation", 0)
+                    yield image.rotate(turn, expand=True) if turn else image
+                if index >= max(places):
+                    return
+    except av.FFmpegError:
+        return  # it ends early; what there is can be seen
