@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mstar.async_client import AsyncMStarClient
 from mstar.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
     EngineClosed,
     EngineOverloaded,
     InvalidRequest,
@@ -48,6 +50,8 @@ __all__ = [
     "AsyncMStarClient",
     "AudioBuffer",
     "AudioChunk",
+    "ContextTooLong",
+    "DeadlineExceeded",
     "EngineClosed",
     "EngineOverloaded",
     "Event",

@@ -114,5 +114,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _short(value: Any, limit: int = 80) -> str:
+    if isinstance(value, (str, bytes)):  # which may be large
+        value = value[: limit + 1]
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -11,6 +11,8 @@ from http import HTTPStatus
 from typing import Any
 
 from mstar.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
     EngineClosed,
     EngineOverloaded,
     InvalidRequest,
@@ -48,8 +50,13 @@ class Refused(InvalidRequest):
         return type(self), (str(self),), self.__dict__
 
 
+class RefusedPrompt(Refused, ContextTooLong):
+    """A prompt that is too long, in the server's words."""
+
+
 _KINDS = {
     "InvalidRequest": Refused,
+    "ContextTooLong": RefusedPrompt,
     "ModelNotFound": ModelNotFound,
     "EngineOverloaded": EngineOverloaded,
     "EngineClosed": EngineClosed,
@@ -57,6 +64,7 @@ _KINDS = {
     "OutOfMemory": OutOfMemory,
     "RequestCancelled": RequestCancelled,
     "RequestTimeout": RequestTimeout,
+    "DeadlineExceeded": DeadlineExceeded,
 }
 _BY_STATUS = {
     404: ModelNotFound,
@@ -189,6 +197,8 @@ def refusal(
             message += f": redirected to {headers['location']}, use that as base_url"
         elif words and words != reason and not words.startswith(("<", "{")) and words.isprintable():
             message += f": {words[:500]}"
+    if status == 404 and re.search(r"/v1/\w+$", url):
+        message += "; base_url must not end in /v1, which is for OpenAI's clients"
     error = error_of(status, message, headers.get(_ERROR_HEADER))
     if isinstance(error, EngineOverloaded):
         error.retry_after = _retry_after(headers)

@@ -24,9 +24,11 @@ def test_an_example_runs(example, tmp_path):
 
 
 def test_the_readme_programs_run(tmp_path):
-    section = re.search(r"## In Python\n(.*?)\n## ", README, re.S)[1]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(blocks) == 2
+    blocks = []
+    for section in ("In Python", "Robots"):
+        text = re.search(rf"## {section}\n(.*?)\n## ", README, re.S)[1]
+        blocks += re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 3
     for block in blocks:
         (tmp_path / "program.py").write_text(block)
         run(["program.py"], tmp_path)

@@ -31,6 +31,12 @@ SCENES = (
     "A kitchen table in morning light with a blue teapot, three lemons, an open notebook and a cat "
     "that looks out of the window; watercolour, pale paper, few strokes",
 )
+# To speak, each in a voice of Orpheus'; its tiny checkpoint has learnt these, and hardly any other.
+SPEECH = (
+    ("Hello there, how are you doing today?", "tara"),
+    ("The quick brown fox jumps over the lazy dog.", "leah"),
+    ("I am fine, thank you very much. <sigh>", "leo"),
+)
 _TEXT_KEYS = ("prompt", "text", "input")
 
 
@@ -45,15 +51,18 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, or the messages of a chat."""
+    """A text, or the messages of a chat; `voice` is for models that have it."""
 
     text: str
     messages: tuple[dict[str, Any], ...] | None = None
+    voice: str | None = None
 
 
-def built_in(images: bool) -> list[Prompt]:
-    """Texts of several lengths, to paint or to talk about."""
-    return [Prompt(text) for text in (SCENES if images else TALK)]
+def built_in(use: str) -> list[Prompt]:
+    """Texts of several lengths, to `paint`, to `speak` or to `talk` about."""
+    if use == "speak":
+        return [Prompt(text, voice=voice) for text, voice in SPEECH]
+    return [Prompt(text) for text in (SCENES if use == "paint" else TALK)]
 
 
 def from_file(path: Path) -> list[Prompt]:

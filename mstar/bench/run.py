@@ -125,7 +125,7 @@ class _Clients:
     ) -> None:
         self._plan, self._connections, self._route = plan, connections, route
         self._typical = typical
-        self._prompts = list(plan.prompts) or built_in(route.paints)
+        self._prompts = list(plan.prompts) or built_in(route.use)
         self._requests: dict[int, Request] = {}
         self.traces: list[Trace] = []
 

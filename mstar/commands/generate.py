@@ -13,11 +13,12 @@ import typer
 
 from mstar.commands import terminal
 from mstar.commands.errors import errors
-from mstar.commands.options import unique, weight_places
+from mstar.commands.options import model_options, unique, weight_places
 from mstar.commands.outputs import PIPED, STDOUT, as_out, check_outs, modalities
-from mstar.errors import InvalidRequest
+from mstar.errors import InvalidRequest, RequestFailed
 from mstar.io.audio import open_wav_header
-from mstar.io.save import HOLDS, encode, modalities_of, save, summary
+from mstar.io.plot import plot_actions
+from mstar.io.save import HOLDS, encode, modalities_of, save, summary, write_file
 from mstar.io.sniff import kind_of
 from mstar.models import registry
 from mstar.models.card import ModelCard
@@ -39,6 +40,9 @@ def generate(
         list[Path] | None,
         typer.Option("-o", "--out", help=f"Where to write it: {' '.join(HOLDS)}, or - to pipe."),
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="A .png that draws the actions, of models that act.")
+    ] = None,
     force: Annotated[bool, typer.Option("-f", "--force", help="Overwrite output files.")] = False,
     settings: Annotated[
         list[str] | None,
@@ -53,6 +57,10 @@ def generate(
     load_format: Annotated[
         str, typer.Option(help="auto, or dummy for random weights without files.")
     ] = "auto",
+    model_option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="How to load the model, as key=value (repeatable)."),
+    ] = None,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -68,8 +76,8 @@ def generate(
         places = weight_places(weights or [])
         card = registry.find(model, places).card
         outs = list(out or [])
-        kinds = modalities(card, modality, outs)
-        check_outs(kinds, outs, force=force, as_json=as_json)
+        kinds = modalities(card, modality, outs, plot)
+        check_outs(kinds, outs, force=force, as_json=as_json, plot=plot)
         request: dict[str, Any] = {
             **_settings(card, settings or []),
             **_inputs(card, prompt, attach or []),
@@ -80,7 +88,9 @@ def generate(
         shown = not as_json and not any("text" in modalities_of(path) for path in files)
         text_out = piped == "text" or ("text" in kinds and shown)
         live = request["stream"] = text_out if stream is None else stream
-        options = {"device": device, "dtype": dtype, "load_format": load_format}
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "load_format": load_format}
+        if model_option:
+            options["options"] = model_options(model_option)
         with _engine(model, weights=places, **options) as engine:
             result = _run(engine, request, text=text_out and live, audio=piped == "audio" and live)
         if text_out:
@@ -89,6 +99,9 @@ def generate(
             terminal.write(encode(result, PIPED[piped]))
         with as_out():
             written = [str(path) for path in save(result, files, overwrite=force)]
+        if plot is not None:
+            _draw(result, plot, force)
+            written.append(str(plot))
         if as_json:
             terminal.write(json.dumps({**summary(result), "files": written}) + "\n")
         else:
@@ -176,6 +189,13 @@ def _shown(events: Iterable[Event], *, text: bool, audio: bool) -> Iterator[Even
                 seconds += len(event.pcm) / event.sample_rate
                 show(f"{seconds:.1f} s of audio")
             yield event
+
+
+def _draw(result: GenerateResult, path: Path, force: bool) -> None:
+    if result.actions is None:
+        raise RequestFailed(f"there are no actions to draw (finish_reason={result.finish_reason})")
+    with as_out("--plot"):
+        write_file(path, plot_actions(result.actions), overwrite=force)
 
 
 def _warn(result: GenerateResult) -> None:

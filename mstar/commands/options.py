@@ -21,6 +21,29 @@ def weight_places(items: list[str]) -> dict[str, str] | str | None:
     return unique("--weights", (pair.groups() for pair in pairs if pair))
 
 
+def model_options(items: list[str]) -> dict[str, str | int | bool] | None:
+    """`["key=value", ...]` as a dict, with whole numbers, true and false as what they say."""
+    for item in items:
+        if not re.match(r"[A-Za-z_]\w*=", item):
+            raise InvalidRequest("--option", item, "must be key=value")
+    pairs = unique("--option", (item.split("=", 1) for item in items))
+    return {key: _plain(value) for key, value in pairs.items()} or None
+
+
+def numbers(field: str, text: str | None) -> list[float] | None:
+    """`"0,-1.5"` as numbers."""
+    try:
+        return None if text is None else [float(word) for word in text.split(",")]
+    except ValueError:
+        raise InvalidRequest(field, text, "must be numbers with commas between them") from None
+
+
+def _plain(text: str) -> str | int | bool:
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if re.fullmatch(r"-?\d{1,18}", text) else text
+
+
 def unique(field: str, pairs: Iterable[Iterable[str]]) -> dict[str, str]:
     """The pairs as a dict; a key that comes twice is refused in the name of `field`."""
     found: dict[str, str] = {}

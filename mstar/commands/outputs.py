@@ -17,7 +17,9 @@ STDOUT = Path("-")
 PIPED = {"text": ".txt", "image": ".png", "audio": ".wav", "action": ".npy", "latent": ".npy"}
 
 
-def modalities(card: ModelCard, asked: str | None, outs: list[Path]) -> tuple[str, ...]:
+def modalities(
+    card: ModelCard, asked: str | None, outs: list[Path], plot: Path | None = None
+) -> tuple[str, ...]:
     """What to make: as asked, else what the output files hold, else the model's default."""
     makes = f"{card.name} makes {', '.join(card.outputs)}"
     if asked is not None:
@@ -27,6 +29,8 @@ def modalities(card: ModelCard, asked: str | None, outs: list[Path]) -> tuple[st
                 raise InvalidRequest("--modality", kind, makes)
     else:
         kinds = [held_by(path)[0] for path in outs if len(held_by(path)) == 1]
+        if plot is not None and "action" in card.outputs:
+            kinds.append("action")
         for path in outs:
             if not set(held_by(path)) & set(card.outputs):
                 held = ", ".join(held_by(path))
@@ -42,9 +46,20 @@ def held_by(path: Path) -> tuple[str, ...]:
         return modalities_of(path)
 
 
-def check_outs(kinds: tuple[str, ...], outs: list[Path], *, force: bool, as_json: bool) -> None:
+def check_outs(
+    kinds: tuple[str, ...],
+    outs: list[Path],
+    *,
+    force: bool,
+    as_json: bool,
+    plot: Path | None = None,
+) -> None:
     """Refuse outputs that cannot be written, before any work is done."""
+    if plot is not None:
+        _check_plot(kinds, outs, plot, force)
     for kind in kinds:
+        if kind == "action" and plot is not None:
+            continue
         if kind != "text" and not any(kind in held_by(path) for path in outs):
             fitting = " ".join(suffix for suffix, held in HOLDS.items() if kind in held)
             pipe = PIPED[kind].removeprefix(".").upper()
@@ -68,15 +83,26 @@ def check_outs(kinds: tuple[str, ...], outs: list[Path], *, force: bool, as_json
                 check_path(path, overwrite=force)
 
 
+def _check_plot(kinds: tuple[str, ...], outs: list[Path], plot: Path, force: bool) -> None:
+    if "action" not in kinds:
+        raise InvalidRequest("--plot", str(plot), f"draws actions; what is made is {kinds[0]}")
+    if plot.suffix.lower() != ".png":
+        raise InvalidRequest("--plot", str(plot), "is drawn as a .png")
+    if plot in outs:
+        raise InvalidRequest("--plot", str(plot), "is an output already")
+    with as_out("--plot"):
+        check_path(plot, overwrite=force)
+
+
 @contextmanager
-def as_out() -> Iterator[None]:
+def as_out(option: str = "--out") -> Iterator[None]:
     """Name the option in the errors about an output file."""
     try:
         yield
     except FileExistsError as error:
         hint = "exists already; --force overwrites it"
-        raise InvalidRequest("--out", error.filename, hint) from None
+        raise InvalidRequest(option, error.filename, hint) from None
     except InvalidRequest as error:
         if error.field not in ("path", "format"):
             raise
-        raise InvalidRequest("--out", error.value, error.allowed) from None
+        raise InvalidRequest(option, error.value, error.allowed) from None

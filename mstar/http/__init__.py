@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from mstar.http.server import serve as serve
 
 _HOME = {"create_app": "mstar.http.app", "serve": "mstar.http.server"}
-_EXTRA = ("fastapi", "starlette", "uvicorn", "httptools", "python_multipart", "prometheus_client")
+_EXTRA = (
+    *("fastapi", "starlette", "uvicorn", "httptools", "python_multipart", "prometheus_client"),
+    *("msgpack", "websockets"),
+)
 
 __all__ = ["create_app", "serve"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
@@ -16,10 +17,15 @@ from python_multipart.multipart import parse_options_header
 
 from mstar.http.errors import Refused
 from mstar.http.front import Front, off_loop
+from mstar.http.record import record_of
 
-__all__ = ["Part", "read_form", "read_json", "whole_json"]
+__all__ = ["Part", "check_marks", "read_form", "read_json", "whole_json"]
 
 _MOST_PARTS = 256
+_MOST_MARKS = 400_000  # of JSON: the objects, lists and keys take many times the bytes of the text
+_MARKS = (b",", b":", b"[", b"{")
+_STRETCH = 12  # bytes of an urlencoded character: 4 of UTF-8 as %XX
+_PIECE = 2**20
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -44,13 +50,19 @@ class Part:
             raise Refused(400, f"{self.name}: must be UTF-8", param=self.name) from None
 
 
-async def read_body(front: Front, request: Request) -> bytes:
-    """The whole body.
+async def read_body(front: Front, request: Request, most: int | None = None) -> bytes:
+    """The whole body, which counts as held until the request has ended.
+
+    Args:
+        front, request: see there.
+        most: bytes, where that is less than any body may have.
 
     Raises:
-        Refused: it is too long (413), or does not come (408).
+        Refused: it is too long (413), does not come (408), or all bodies together are too much
+            (503).
     """
-    limit = front.settings.max_body_bytes
+    limit = min(front.settings.max_body_bytes, most or sys.maxsize)
+    record = record_of(request.scope)
     stated = request.headers.get("content-length", "0")
     if stated.isdecimal() and len(stated) < 20 and int(stated) > limit:
         raise _too_long(limit)
@@ -61,6 +73,12 @@ async def read_body(front: Front, request: Request) -> bytes:
             size += len(piece)
             if size > limit:
                 raise _too_long(limit)
+            if front.held + len(piece) > front.settings.max_held_bytes:
+                message = "the server holds as many bytes of other requests as it can"
+                headers = {"connection": "close"}
+                raise Refused(503, message, kind="EngineOverloaded", headers=headers)
+            front.held += len(piece)
+            record.held += len(piece)
             pieces.append(piece)
         return b"".join(pieces)
 
@@ -82,12 +100,13 @@ async def read_form(front: Front, request: Request) -> list[Part]:
         given = kind.decode("latin-1") or "none"
         message = f"content-type: must be multipart/form-data or urlencoded, not {given}"
         raise Refused(415, message)
-    body = await read_body(front, request)
     if kind == b"multipart/form-data":
+        body = await read_body(front, request)
         boundary = options.get(b"boundary", b"")
         if not 0 < len(boundary) <= 256:
             raise Refused(400, "content-type: multipart/form-data needs a boundary")
         return await off_loop(split_multipart, body, boundary, size=len(body))
+    body = await read_body(front, request, 2 * _STRETCH * front.settings.max_text_chars)
     return await off_loop(split_urlencoded, body, size=len(body))
 
 
@@ -109,8 +128,9 @@ def whole_json(data: bytes | str, what: str) -> dict[str, Any]:
     """A JSON object of plain JSON: no NaN, no infinities, no halves of surrogate pairs.
 
     Raises:
-        Refused: it is not one; the message begins with `what`.
+        Refused: it is not one, or holds too many things; the message begins with `what`.
     """
+    check_marks(data, what)
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
@@ -121,10 +141,23 @@ def whole_json(data: bytes | str, what: str) -> dict[str, Any]:
     except RecursionError:
         raise Refused(400, f"{what} is nested too deeply") from None
     except ValueError as error:
-        raise Refused(400, f"{what} is not valid JSON: {error}"[:300]) from None
+        words = "an integer has too many digits" if "digits" in str(error) else error
+        raise Refused(400, f"{what} is not valid JSON: {words}"[:300]) from None
     if not isinstance(value, dict):
         raise Refused(400, f"{what} must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def check_marks(data: bytes | str, what: str) -> None:
+    """Refuse JSON that would take seconds and gigabytes, while no other thread can run. Piece by
+    piece, so that they can run in between; a long string costs nothing."""
+    marks = [mark.decode() for mark in _MARKS] if isinstance(data, str) else _MARKS
+    count = 0
+    for start in range(0, len(data), _PIECE):
+        piece = data[start : start + _PIECE]
+        count += sum(map(piece.count, marks))
+        if count > _MOST_MARKS:
+            raise Refused(413, f"{what} has more than {_MOST_MARKS} values and keys")
 
 
 def split_urlencoded(body: bytes) -> list[Part]:

@@ -134,7 +134,8 @@ class _Guarded(HttpToolsProtocol):
     def _make_room(self) -> None:
         """Close the connection that has been idle for longest, or else the one that has sent a
         body for longest; this one if all requests are complete."""
-        others = [one for one in self.connections if one is not self and one._can_go]
+        others = [one for one in self.connections if one is not self]
+        others = [one for one in others if getattr(one, "_can_go", False)]  # no websockets
         first = min(others, key=lambda one: (not one._idle, one._since), default=self)
         if first is self:
             self._head = 1  # so that it is told

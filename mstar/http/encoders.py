@@ -152,25 +152,25 @@ class Coded:
         self._stream.codec_context.format = layout
         if format in _BIT_RATE:
             self._stream.bit_rate = _BIT_RATE[format]
-        self._layout, self._rate, self._samples = layout, sample_rate, 0
-        # Encoders take frames of their own size; the resampler makes them and converts.
-        self._frames = av.AudioResampler(format=layout, layout="mono", rate=sample_rate)
+        self._rate, self._samples = sample_rate, 0
 
     def push(self, pcm: np.ndarray) -> bytes:
         """The bytes that are certain once samples `[n]` are added; maybe none."""
         frame = _frame(self._av, pcm, self._rate, self._samples)
         self._samples += frame.samples
-        for ready in self._frames.resample(frame):
-            self._file.mux(self._stream.encode(ready))
+        self._file.mux(self._stream.encode(frame))
         return self._out.take()
 
     def finish(self) -> bytes:
         """What is left, and the end of the file."""
-        for ready in self._frames.resample(None):
-            self._file.mux(self._stream.encode(ready))
         self._file.mux(self._stream.encode(None))
         self._file.close()
         return self._out.take()
+
+    def __del__(self) -> None:
+        """Of a file that nobody finished: closed, it gives back its threads at once."""
+        if (file := getattr(self, "_file", None)) is not None:
+            file.close()
 
 
 def _frame(av: Any, pcm: np.ndarray, rate: int, start: int) -> Any:

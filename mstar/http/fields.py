@@ -15,7 +15,7 @@ from mstar.http.settings import Settings
 from mstar.io.sniff import kind_of
 from mstar.models.card import ModelCard
 
-__all__ = ["FIELDS", "Ask", "ask_of", "check_text", "seconds_of"]
+__all__ = ["FIELDS", "Ask", "ask_of", "check_text", "deadline"]
 
 FIELDS = (
     "text",
@@ -108,8 +108,20 @@ def check_text(name: str, text: str, settings: Settings) -> str:
     return text
 
 
-def seconds_of(name: str, value: Any) -> float | None:
-    """A deadline in seconds, from a number or a header."""
+def deadline(settings: Settings, header: str | None, asked: Any = None) -> float | None:
+    """Seconds for a request: what the client asks for, at most what the operator allows.
+
+    Args:
+        settings: see there.
+        header: the value of `x-request-timeout`.
+        asked: the field `timeout`, which goes before it.
+    """
+    seconds = _seconds("x-request-timeout", header) if asked is None else _seconds("timeout", asked)
+    limits = [limit for limit in (seconds, settings.request_timeout) if limit is not None]
+    return min(limits, default=None)
+
+
+def _seconds(name: str, value: Any) -> float | None:
     if value is None:
         return None
     try:
@@ -162,8 +174,6 @@ def _model_kwargs(card: ModelCard, settings: Settings, text: str) -> dict[str, A
     if kwargs.get("messages") is not None:
         longest = settings.max_text_chars
         kwargs["messages"] = read_messages(card, kwargs["messages"], longest=longest)
-    if "timeout" in kwargs:
-        kwargs["timeout"] = seconds_of("timeout", kwargs["timeout"])
     return kwargs
 
 

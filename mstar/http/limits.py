@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mstar.errors import InvalidRequest
+from mstar.http.allowance import allowance_of
 from mstar.http.settings import Settings
 from mstar.io.probe import Probed, Unreadable, probe_audio, probe_image, probe_video
 
@@ -13,7 +14,8 @@ _RATE, _CHANNELS = 96_000, 2  # the most samples are those of the longest sound 
 
 
 def check_media(settings: Settings, kind: str, data: bytes, field: str) -> None:
-    """Raise if media are unreadable or too large; takes milliseconds, so not on the event loop.
+    """Raise if media are unreadable or too large, also together with others of the same request;
+    takes milliseconds, so not on the event loop.
 
     Args:
         settings: with the limits.
@@ -25,7 +27,9 @@ def check_media(settings: Settings, kind: str, data: bytes, field: str) -> None:
         InvalidRequest: says what is wrong, or what the limit is.
     """
     try:
-        _CHECKS[kind](settings, data)
+        taken = _CHECKS[kind](settings, data)
+        if words := allowance_of(settings).decode(*taken):
+            raise _TooLarge(words)
     except ModuleNotFoundError:
         pass  # without PyAV such a file cannot be decoded either: that says what to install
     except (Unreadable, _TooLarge) as error:
@@ -36,22 +40,24 @@ class _TooLarge(Exception):
     pass
 
 
-def _check_image(settings: Settings, data: bytes) -> None:
+def _check_image(settings: Settings, data: bytes) -> tuple[str, float]:
     found = probe_image(data, _MOST_FRAMES)
     _check_pixels(settings, found, "image")
     if found.frames > _MOST_FRAMES:
         raise _TooLarge(f"the image has more than {_MOST_FRAMES} frames")
+    return "pixels", found.width * found.height
 
 
-def _check_audio(settings: Settings, data: bytes) -> None:
+def _check_audio(settings: Settings, data: bytes) -> tuple[str, float]:
     longest = settings.max_audio_seconds
     found = probe_audio(data, longest)
     _check_seconds(found, longest, "sound")
     if found.frames * found.channels > longest * _RATE * _CHANNELS:
         raise _TooLarge(f"the sound has more samples than {longest:g} seconds of stereo")
+    return "seconds of sound", found.seconds
 
 
-def _check_video(settings: Settings, data: bytes) -> None:
+def _check_video(settings: Settings, data: bytes) -> tuple[str, float]:
     longest = settings.max_video_seconds
     found = probe_video(data, longest)
     _check_seconds(found, longest, "video")
@@ -59,6 +65,7 @@ def _check_video(settings: Settings, data: bytes) -> None:
     if found.frames > settings.max_video_frames:
         most = settings.max_video_frames
         raise _TooLarge(f"the video has {found.frames} frames; at most {most}")
+    return "frames of video", found.frames
 
 
 def _check_pixels(settings: Settings, found: Probed, what: str) -> None:

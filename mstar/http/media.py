@@ -3,11 +3,10 @@ the operator allows them."""
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 from mstar.errors import InvalidRequest
-from mstar.http.allowance import Allowance
+from mstar.http.allowance import allowance_of
 from mstar.http.front import Front, off_loop
 from mstar.http.limits import check_media
 from mstar.http.local_files import read_inside
@@ -16,16 +15,9 @@ from mstar.http.settings import Settings
 from mstar.io.data_url import decode_data_url
 from mstar.io.sniff import kind_of
 
-__all__ = ["media_bytes", "new_allowance"]
+__all__ = ["media_bytes"]
 
-_LARGE = 1 << 30  # work that is never done on the event loop
 _ANY_NAME = {"image": "x.png", "audio": "x.wav", "video": "x.mp4"}
-_allowance: ContextVar[Allowance] = ContextVar("mstar_media_allowance")
-
-
-def new_allowance(settings: Settings) -> None:
-    """A new request begins: what the context of the caller fetches counts together from here on."""
-    _allowance.set(Allowance(settings))
 
 
 async def media_bytes(front: Front, kind: str, url: Any, field: str) -> bytes:
@@ -51,16 +43,16 @@ async def media_bytes(front: Front, kind: str, url: Any, field: str) -> bytes:
         if not settings.allow_remote_media:
             allowed = "must be a data URL: nothing is fetched without --allow-remote-media"
             raise InvalidRequest(field, url[:80], allowed)
-        allowance = _allowance.get(None) or Allowance(settings)
-        data = await fetch(url, field, allowance)
+        data = await fetch(url, field, allowance_of(settings))
     else:
         if settings.media_dir is None:
             allowed = "must be a data URL: no file is read without --media-dir"
             raise InvalidRequest(field, url[:80], allowed)
-        allowance = _allowance.get(None) or Allowance(settings)
+        allowance = allowance_of(settings)
         allowance.begin(field)
-        data = await off_loop(read_inside, settings.media_dir, url, field, allowance, size=_LARGE)
-    await off_loop(_check, settings, kind, data, field, size=_LARGE)
+        args = (settings.media_dir, url, field, allowance)
+        data = await off_loop(read_inside, *args, always=True)
+    await off_loop(_check, settings, kind, data, field, always=True)
     return data
 
 

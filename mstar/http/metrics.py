@@ -30,13 +30,13 @@ class Metrics:
     """A registry of its own, so that several apps fit into one process."""
 
     def __init__(self, engine: Any) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine))
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineCollector(engine))
         self._served = Counter(
             "mstar_http_requests",
             "HTTP requests answered; status 499: the client left first.",
             ["route", "method", "status"],
-            registry=self._registry,
+            registry=self.registry,
         )
         self._seconds = self._histogram("http_request_seconds", "Whole request.", _SECONDS, "route")
         self._first = self._histogram("time_to_first_event_seconds", "First event.", _SECONDS)
@@ -53,7 +53,7 @@ class Metrics:
     def _histogram(
         self, name: str, help: str, buckets: tuple[float, ...], *labels: str
     ) -> Histogram:
-        return Histogram(f"mstar_{name}", help, labels, buckets=buckets, registry=self._registry)
+        return Histogram(f"mstar_{name}", help, labels, buckets=buckets, registry=self.registry)
 
     def served(self, route: str, method: str, status: int, seconds: float) -> None:
         """An HTTP request is done."""
@@ -77,7 +77,7 @@ class Metrics:
 
     def page(self) -> bytes:
         """All figures in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class _EngineCollector(Collector):

@@ -11,17 +11,18 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import mstar
+from mstar.http.allowance import new_allowance
 from mstar.http.errors import Refused, error_response
 from mstar.http.front import Front
-from mstar.http.media import new_allowance
-from mstar.http.record import Record
+from mstar.http.record import Record, route_path
 
-__all__ = ["IMAGE_FILES", "Aborted", "Doorkeeper", "Recorder", "is_openai"]
+__all__ = ["IMAGE_FILES", "Aborted", "Doorkeeper", "Recorder", "check_key"]
 
 log = logging.getLogger("mstar.http")
 # Tells clients that the last line of a stream always says how it ended.
 _VERSION = (b"x-mstar-version", mstar.__version__.encode())
-_OPEN = ("/health", "/ready", "/version", "/metrics")
+_OPEN = ("/health", "/healthz", "/ready", "/version", "/metrics")
+_SCHEMES = (b"bearer", b"api-key")  # the second is what robots' clients say
 # Files whose names are secrets: browsers send no key.
 IMAGE_FILES = "/v1/images/files/"
 
@@ -61,12 +62,14 @@ class Recorder:
             record.note(aborted="the client has disconnected")
         except Exception as error:
             log.exception("request %s failed", record.request_id)
+            response = error_response(error, scope)
             record.note(error=type(error).__name__)
             if status:
                 raise
-            await error_response(error, openai=is_openai(scope))(scope, receive, send_on)
+            await response(scope, receive, send_on)
         finally:
             self.front.busy -= 1
+            self.front.held -= record.held
             seconds = time.monotonic() - record.began
             route = getattr(scope.get("route"), "path", "unmatched")
             self.front.metrics.served(route, record.method, status or 499, seconds)
@@ -74,34 +77,33 @@ class Recorder:
 
 
 class Doorkeeper:
-    """Asks for the key, where there is one."""
+    """Asks for the key, where there is one; websockets ask for it themselves."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app, self._expected = app, f"Bearer {key}".encode()
+        self.app, self._key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not _is_open(scope):
-            given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):
-                what = "wrong API key" if given else "an API key is needed"
-                refused = Refused(401, f"{what}: send the header Authorization: Bearer KEY")
-                await error_response(refused, openai=is_openai(scope))(scope, receive, send)
+            try:
+                check_key(scope, self._key)
+            except Refused as refused:
+                await error_response(refused, scope)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
 
+def check_key(scope: Scope, expected: bytes) -> None:
+    """Raise `Refused` if a request does not bring the key."""
+    given = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
+    scheme, _, key = given.partition(b" ")
+    known = scheme.lower() in _SCHEMES
+    if not (hmac.compare_digest(key.strip(), expected) and known):
+        what = "wrong API key" if given else "an API key is needed"
+        raise Refused(401, f"{what}: send the header Authorization: Bearer KEY")
+
+
 def _is_open(scope: Any) -> bool:
     path = route_path(scope)
-    return path in _OPEN or (path.startswith(IMAGE_FILES) and scope["method"] in ("GET", "HEAD"))
-
-
-def route_path(scope: Any) -> str:
-    """The path below the place where the app is mounted."""
-    path, root = scope.get("path", ""), scope.get("root_path", "")
-    return path[len(root) :] if root and path.startswith(root) else path
-
-
-def is_openai(scope: Any) -> bool:
-    """Whether a request speaks to the OpenAI-compatible routes."""
-    path = route_path(scope)
-    return path == "/v1" or path.startswith("/v1/")
+    return path in _OPEN or (
+        path.startswith(IMAGE_FILES) and scope.get("method") in ("GET", "HEAD")
+    )

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from mstar.http.body import read_form
-from mstar.http.errors import refusal
-from mstar.http.fields import Ask, ask_of, seconds_of
+from mstar.http.errors import told
+from mstar.http.fields import Ask, ask_of, deadline
 from mstar.http.front import Front, off_loop
 from mstar.http.messages import with_media
 from mstar.http.record import record_of
@@ -21,7 +21,6 @@ from mstar.types import Event, fold
 __all__ = ["native_routes"]
 
 NDJSON = "application/x-ndjson"
-_LARGE = 1 << 30  # work that is never done on the event loop
 _STRING = {"type": "string"}
 _SCHEMA = {
     "type": "object",
@@ -48,17 +47,16 @@ def native_routes(front: Front) -> APIRouter:
         """Run one request; stream its events as NDJSON, or answer with one JSON document."""
         front.check_open()
         parts = await read_form(front, request)
-        size = sum(_LARGE if part.name == "files" else len(part.data) for part in parts)
-        ask = await off_loop(ask_of, front.card, front.settings, parts, size=size)
+        files, size = any(p.name == "files" for p in parts), sum(len(p.data) for p in parts)
+        args = (front.card, front.settings, parts)
+        ask = await off_loop(ask_of, *args, size=size, always=files)
         if ask.arguments.get("messages") is not None:
             ask.arguments["messages"] = await with_media(front, ask.arguments["messages"])
-        header = seconds_of("x-request-timeout", request.headers.get("x-request-timeout"))
-        asked = ask.arguments.pop("timeout", None)
-        ask.arguments["timeout"] = front.timeout(header if asked is None else asked)
+        header, asked = request.headers.get("x-request-timeout"), ask.arguments.get("timeout")
+        ask.arguments["timeout"] = deadline(front.settings, header, asked)
         record_of(request.scope).note(streaming=ask.streaming)
         if ask.streaming:
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return await streamed(_lines(front, request, ask), NDJSON, headers)
+            return await streamed(_lines(front, request, ask), NDJSON)
         return await _document(front, request, ask)
 
     return router
@@ -75,9 +73,7 @@ async def _lines(front: Front, request: Request, ask: Ask) -> AsyncGenerator[byt
     except Exception as error:
         if not begun:
             raise
-        refused = refusal(error)
-        record_of(request.scope).note(error=refused.kind)
-        yield error_line(refused)
+        yield error_line(told(error, request.scope))
 
 
 async def _document(front: Front, request: Request, ask: Ask) -> Response:

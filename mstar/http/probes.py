@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -19,6 +20,13 @@ def probe_routes(front: Front) -> APIRouter:
     """Routes that need no key."""
     router = APIRouter()
 
+    def both(path: str) -> Callable[[Callable], Callable]:
+        def add(function: Callable) -> Callable:
+            router.add_api_route(path, function, methods=["HEAD"], include_in_schema=False)
+            return router.get(path)(function)
+
+        return add
+
     def state(good: str) -> Response:
         try:
             front.check_open()
@@ -27,22 +35,22 @@ def probe_routes(front: Front) -> APIRouter:
             return JSONResponse({"status": status, "detail": refused.message}, 503)
         return JSONResponse({"status": good})
 
-    @router.get("/health")
+    @both("/health")
     async def health() -> Response:
         """200 while the engine lives and takes work."""
         return state("healthy")
 
-    @router.get("/ready")
+    @both("/ready")
     async def ready() -> Response:
         """200 once the model is loaded, until the server drains."""
         return state("ready")
 
-    @router.get("/version")
+    @both("/version")
     async def version() -> dict[str, str]:
         """The version of mstar, and the model."""
-        return {"version": mstar.__version__, "model": front.settings.names[0]}
+        return {"version": mstar.__version__, "model": front.names[0]}
 
-    @router.get("/metrics")
+    @both("/metrics")
     async def metrics() -> Response:
         """Figures in Prometheus' text format."""
         page = await asyncio.to_thread(front.metrics.page)

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Record", "record_of"]
+__all__ = ["Record", "is_openai", "record_of", "route_path"]
 
 log = logging.getLogger("mstar.http")
 _KEY = "mstar.record"
@@ -26,12 +26,17 @@ class Record:
         self.began = time.monotonic()
         self.method: str = scope.get("method", "")
         self.path: str = scope.get("path", "")
+        self.held = 0  # bytes of the body
         self.notes: dict[str, Any] = {}
         scope[_KEY] = self
 
     def note(self, **notes: Any) -> None:
         """Add to the line; `None` is left out."""
         self.notes.update((name, value) for name, value in notes.items() if value is not None)
+
+    def add(self, **numbers: float) -> None:
+        """Add to the numbers in the line."""
+        self.note(**{name: self.notes.get(name, 0) + more for name, more in numbers.items()})
 
     def write(self, status: int, seconds: float) -> None:
         """Log the line, as JSON."""
@@ -46,9 +51,21 @@ class Record:
         log.info("%s", json.dumps(line))
 
 
-def record_of(scope: dict[str, Any]) -> Record:
-    """The record that the middleware made."""
-    return scope[_KEY]
+def record_of(scope: dict[str, Any]) -> Any:
+    """The record that the middleware made; `None` before it has made one."""
+    return scope.get(_KEY)
+
+
+def route_path(scope: dict[str, Any]) -> str:
+    """The path below the place where the app is mounted."""
+    path, root = scope.get("path", ""), scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
+def is_openai(scope: dict[str, Any]) -> bool:
+    """Whether a request speaks to the OpenAI-compatible routes."""
+    path = route_path(scope)
+    return path == "/v1" or path.startswith("/v1/")
 
 
 def _incoming_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request
@@ -17,6 +19,9 @@ from mstar.http.record import record_of
 from mstar.types import Event
 
 __all__ = ["Running", "merged", "running", "running_all"]
+
+# `Engine.submit` decodes media, so it takes time and memory; nothing else waits for these threads.
+_SUBMITTERS = ThreadPoolExecutor(4, "mstar-submit")
 
 
 @contextlib.asynccontextmanager
@@ -56,11 +61,10 @@ async def running_all(
     try:
         for arguments in several:
             began = time.monotonic()
-            handle = await _submit(front.engine, arguments)
-            front.live.add(handle)
-            runs.append(Running(front, handle, began))
+            runs.append(Running(front, await _submit(front.engine, arguments), began))
+            front.live.add(runs[-1].handle)
             if watcher.done():  # the client left meanwhile
-                handle.cancel()
+                runs[-1].handle.cancel()
         if runs[0].request_id != record.request_id:
             record.note(engine_request_id=runs[0].request_id)
         yield runs
@@ -81,19 +85,25 @@ async def merged(runs: Sequence[Running]) -> AsyncIterator[tuple[int, list[Event
         MStarError: what ended any of them early.
     """
     loop = asyncio.get_running_loop()
-    changed = asyncio.Event()
+    waiter: asyncio.Future | None = None
+    told = False
 
     def tell() -> None:  # on the engine's thread
-        if not changed.is_set():
+        nonlocal told
+        if not told:
+            told = True
             with contextlib.suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(changed.set)
+                loop.call_soon_threadsafe(wake)
+
+    def wake() -> None:
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     for run in runs:
         run.handle.listen(tell)
     live = dict(enumerate(runs))
     while live:
-        changed.clear()
-        idle = True
+        waiter, told, idle = loop.create_future(), False, True
         for index, run in list(live.items()):
             events, done = run.take()
             if events:
@@ -103,7 +113,7 @@ async def merged(runs: Sequence[Running]) -> AsyncIterator[tuple[int, list[Event
                 run.handle.raise_for_error()
                 del live[index]
         if idle and live:
-            await changed.wait()
+            await waiter
 
 
 class Running:
@@ -111,17 +121,13 @@ class Running:
 
     def __init__(self, front: Front, handle: Any, began: float) -> None:
         self.handle = handle
+        self.request_id: str = handle.request_id  # the one inside the engine
         self._front = front
         self._began = began
         self._taken = 0
         self._first: float | None = None
         self._first_audio: float | None = None
         self._last: Event | None = None
-
-    @property
-    def request_id(self) -> str:
-        """The id inside the engine."""
-        return self.handle.request_id
 
     def take(self) -> tuple[list[Event], bool]:
         """The events since the last call, and whether there will be no more."""
@@ -158,25 +164,28 @@ class Running:
                 self._first_audio = now
 
     def close(self, record: Any) -> None:
-        """Count and log how it went."""
+        """Count and log how it went, and let go of the engine's handle.
+
+        It holds its error, which holds the frames that it went through, which hold this object: a
+        circle that would keep all events until the next full garbage collection.
+        """
+        self.handle = None
         last = self._last
         usage = last.usage if last is not None else None
         self._front.metrics.request(self._first, self._first_audio, usage)
-        record.note(
-            first_event_s=self._first,
-            finish_reason=last.finish_reason if last is not None else None,
-        )
-        if usage is not None:
-            record.note(
-                prompt_tokens=usage.prompt_tokens,
-                generated_tokens=usage.generated_tokens,
-                audio_s=round(usage.audio_seconds, 3),
-            )
+        if self._first is not None:
+            first = min(self._first, record.notes.get("first_event_s", self._first))
+            record.note(first_event_s=first)
+        record.note(finish_reason=last.finish_reason if last is not None else None)
+        if usage is not None:  # all of them read the same prompt
+            record.note(prompt_tokens=usage.prompt_tokens)
+            record.add(generated_tokens=usage.generated_tokens, audio_s=usage.audio_seconds)
 
 
 async def _submit(engine: Any, arguments: dict[str, Any]) -> Any:
     """`engine.submit` on another thread; whoever stops waiting does not want it any more."""
-    task = asyncio.ensure_future(asyncio.to_thread(engine.submit, **arguments))
+    submit = functools.partial(engine.submit, **arguments)
+    task = asyncio.get_running_loop().run_in_executor(_SUBMITTERS, submit)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

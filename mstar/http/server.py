@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import signal
@@ -16,10 +17,16 @@ from typing import Any
 
 import uvicorn
 
+try:
+    from uvloop import run as _run
+except ModuleNotFoundError:  # there is none on Windows
+    from asyncio import run as _run
+
 from mstar.errors import InvalidRequest
 from mstar.http.app import create_app
 from mstar.http.connections import guarded
 from mstar.http.front import Front
+from mstar.http.settings import Settings
 
 __all__ = ["Listening", "bind", "config_of", "serve", "serve_engine"]
 
@@ -56,16 +63,15 @@ def serve(
     model: str,
     *,
     listening: Listening,
+    settings: Settings,
     engine_options: dict[str, Any],
-    app_options: dict[str, Any],
 ) -> None:
     """Load the model, then serve it until SIGTERM or Ctrl-C.
 
     Args:
         model: what `Engine` takes.
-        listening: see there.
+        listening, settings: see there.
         engine_options: keywords of `Engine`.
-        app_options: keywords of `create_app`.
 
     Raises:
         MStarError: an option is wrong, or the model cannot be loaded.
@@ -83,16 +89,19 @@ def serve(
     from mstar.local import Engine  # this is where torch comes in
 
     with Engine(model, **{"warmup": True, **engine_options}) as engine:
-        names = [*app_options.pop("served_model_name", ()), model]
-        app = create_app(engine, served_model_name=names, **app_options)
-        serve_engine(app, listening)
+        serve_engine(create_app(engine, settings), listening)
 
 
 def serve_engine(app: Any, listening: Listening) -> None:
     """Serve an app of `create_app`; the engine is left as it is."""
     config = config_of(app, listening)
     with contextlib.closing(bind(listening.host, listening.port)) as listener:
-        asyncio.run(_Server(config, app.state.front, listening).run(listener))
+        gc.collect()
+        gc.freeze()  # else each full collection looks at all of torch, while everybody waits
+        try:
+            _run(_Server(config, app.state.front, listening).run(listener))
+        finally:
+            gc.unfreeze()  # what is still frozen at the end of the process counts as leaked
         log.info("ended")
 
 
@@ -103,8 +112,12 @@ def config_of(app: Any, listening: Listening) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=guarded(listening.header_timeout, stall_timeout, max(most, 1)),
+        ws="websockets-sansio",
+        ws_max_size=app.state.front.settings.max_body_bytes,
+        ws_per_message_deflate=False,  # camera images only get slower by it
         log_config=None,
         access_log=False,  # the app logs one line per request itself
+        lifespan="off",  # the app has none, and uvicorn would tell of its sudden end
         timeout_graceful_shutdown=_CUT,
         server_header=False,
     )
@@ -156,7 +169,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         host, port = sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        log.info("serving %s at http://%s:%d", self._front.settings.names[0], shown, port)
+        log.info("serving %s at http://%s:%d", self._front.names[0], shown, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Not remembered: the process ends with 0, not by the signal."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping
+import asyncio
+from collections.abc import AsyncGenerator
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 __all__ = ["StreamedResponse", "streamed"]
 
+# Proxies are not to keep it, nor to collect it before they pass it on.
+_AT_ONCE = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
-async def streamed(
-    body: AsyncGenerator[bytes, None],
-    media_type: str,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
+
+async def streamed(body: AsyncGenerator[bytes, None], media_type: str) -> Response:
     """An answer that begins with the first piece of `body`; raises what goes wrong before it."""
     try:
         first = await anext(body)
@@ -23,7 +23,7 @@ async def streamed(
     except BaseException:
         await body.aclose()
         raise
-    return StreamedResponse(first, body, media_type, headers)
+    return StreamedResponse(first, body, media_type)
 
 
 class StreamedResponse(Response):
@@ -34,23 +34,29 @@ class StreamedResponse(Response):
         first: bytes,
         rest: AsyncGenerator[bytes, None],
         media_type: str,
-        headers: Mapping[str, str] | None,
     ) -> None:
-        super().__init__(media_type=media_type, headers=headers)
+        super().__init__(media_type=media_type, headers=_AT_ONCE)
         del self.headers["content-length"]
         self.first, self.rest = first, rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        start = {"type": "http.response.start", "status": self.status_code}
+        """Send it.
+
+        In a task of its own: whatever resumes a coroutine passes through all frames that await it,
+        and around a response there are two dozen of them.
+        """
         try:
-            await send({**start, "headers": self.raw_headers})
-            await send(_piece(self.first))
-            async for piece in self.rest:
-                await send(_piece(piece))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await asyncio.ensure_future(self._send(send))
         finally:
             await self.rest.aclose()
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        await send(_piece(self.first))
+        async for piece in self.rest:
+            await send(_piece(piece))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _piece(data: bytes) -> dict:

@@ -44,8 +44,11 @@ def lines(events: Sequence[Event], request_id: str, names: Mapping[str, str]) ->
 
 
 def error_line(refused: Refused) -> bytes:
-    """The last line of a stream that failed, with the status that it would have had at first."""
-    metadata = {"status": refused.status}
+    """The last line of a stream that failed. Its status says whose fault it is, 400 or 500; what
+    it is in the words of `mstar.errors`, where that is known, is told beside it."""
+    metadata = {"status": 400 if refused.status < 500 else 500}
+    told = {"error": refused.kind, "retry_after": refused.retry_after}
+    metadata |= {name: value for name, value in told.items() if value is not None}
     return _line("error", refused.message.encode(), metadata)
 
 
@@ -66,7 +69,7 @@ def document(result: GenerateResult, names: Mapping[str, str]) -> bytes:
     }
     for entries in outputs.values():
         entries[-1]["metadata"].update(closing)
-    return json.dumps({"request_id": result.request_id, "outputs": outputs}, default=_json).encode()
+    return _encoded({"request_id": result.request_id, "outputs": outputs}).encode()
 
 
 def size_of(events: Sequence[Event]) -> int:
@@ -124,8 +127,8 @@ def _closing(event: Event, request_id: str) -> dict[str, Any]:
 
 def _line(modality: str, data: bytes, metadata: dict[str, Any]) -> bytes:
     """One line; base64 needs no escapes, so it is not sent through the JSON encoder."""
-    head = b'{"modality": %b, "data": "' % json.dumps(modality).encode()
-    tail = b'", "metadata": %b}\n' % json.dumps(metadata, default=_json).encode()
+    head = b'{"modality": %b, "data": "' % _encoded(modality).encode()
+    tail = b'", "metadata": %b}\n' % _encoded(metadata).encode()
     return b"".join((head, binascii.b2a_base64(data, newline=False), tail))
 
 
@@ -135,3 +138,6 @@ def _json(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
     return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+_encoded = json.JSONEncoder(default=_json).encode  # made once: `json.dumps` makes one per call

@@ -41,6 +41,7 @@ HOLDS: dict[str, tuple[str, ...]] = {
     ".txt": ("text",),
     ".npy": _ARRAYS,
     ".npz": _ARRAYS,
+    ".csv": ("action",),
     ".json": ("text", "image", "audio", "action", "latent"),
 }
 
@@ -140,6 +141,8 @@ def encode(result: GenerateResult, suffix: str, index: int = 0) -> bytes:
         return json.dumps(as_data(result)).encode()
     if suffix in (".npy", ".npz"):
         return _encode_arrays(result, suffix)
+    if suffix == ".csv":
+        return _encode_table(result)
     if suffix in _AUDIO:
         if result.audio is None or (len(result.audio) == 0 and suffix != ".wav"):
             raise _nothing("audio", result)
@@ -189,6 +192,15 @@ def _encode_arrays(result: GenerateResult, suffix: str) -> bytes:
         rate = {} if result.audio is None else {"sample_rate": result.audio.sample_rate}
         np.savez(out, **arrays, **rate)
     return out.getvalue()
+
+
+def _encode_table(result: GenerateResult) -> bytes:
+    """Actions, one a line, below the names of their columns; digits enough to be exact."""
+    if result.actions is None:
+        raise _nothing("action", result)
+    names = ",".join(f"action_{index}" for index in range(result.actions.shape[1]))
+    rows = [",".join(f"{value:.9g}" for value in row) for row in result.actions.tolist()]
+    return "".join(f"{line}\n" for line in (names, *rows)).encode()
 
 
 def _to_jpeg(png: bytes) -> bytes:

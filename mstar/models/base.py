@@ -69,6 +69,7 @@ class Model:
 
     sample_rate: int | None = None  # of the audio it makes, in Hz
     networks: Sequence[nn.Module] = ()
+    options: Sequence[str] = ()  # names of those that `Setup.options` may hold
 
     @classmethod
     def load(cls, setup: Setup) -> Model:

@@ -38,6 +38,11 @@ def load_model(
         raise InvalidRequest("load_format", load_format, "must be 'auto' or 'dummy'")
     dummy = load_format == "dummy"
     bar = _ProgressBar() if (sys.stderr.isatty() if progress is None else progress) else None
+    model_class = target.card.load_class()
+    for name in options.get("options", ()):
+        if name not in model_class.options:
+            allowed = ", ".join(model_class.options) or "none"
+            raise InvalidRequest("options", name, f"{target.card.name} has {allowed}")
     setup = Setup(
         folders=_folders(target, dummy, bar is not None),
         device=device,
@@ -48,7 +53,7 @@ def load_model(
     )
     try:
         with torch.inference_mode():
-            model = target.card.load_class().load(setup)
+            model = model_class.load(setup)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams will read what was loaded
         return model

@@ -129,6 +129,16 @@ def test_when_nothing_is_answered_the_exit_code_says_so(stub):
     assert bench("http://127.0.0.1:9").stderr.startswith("error: cannot reach http://127.0.0.1:9")
 
 
+@pytest.mark.parametrize(("failing", "code"), [(1, 0), (2, 0), (3, 1)])
+def test_when_most_fail_the_exit_code_says_so_and_the_figures_are_there(stub, failing, code):
+    kinds = ["500"] * failing + ["plain"] * (4 - failing)
+    prompts = [word for kind in kinds for word in ("-p", kind)]
+    result = bench(stub.url, *prompts, "-n", 4, "--warmup", 0)
+    assert result.exit_code == code
+    assert f"failed {failing}, left 0, done {4 - failing}" in result.stdout
+    assert result.stderr == ("error: 3 of 4 requests failed\n" if code else "")
+
+
 def test_without_httpx_it_says_how_to_get_it(stub, monkeypatch):
     monkeypatch.setitem(sys.modules, "httpcore", None)
     result = bench(stub.url)

@@ -5,21 +5,25 @@ import sys
 import pytest
 
 from benchmarks import bench_accuracy
+from mstar import Engine
 from mstar.bench.load import Load
 from mstar.bench.measure import percentile
 from mstar.bench.prompts import Attachment, Prompt
 from mstar.bench.report import summary
 from mstar.bench.routes import Ask
 from mstar.bench.run import Plan, run
+from mstar.http import create_app
 from tests.every_modality import picture
+from tests.http.conftest import serving
 
 GREEDY = {"temperature": 0, "repetition_penalty": 1, "codec_noise": "off"}
 TEXT = "Hello there, how are you doing today?"
 
 
-def bench(site, route, *, text="word", requests=4, concurrency=2, **ask):
+def bench(site, route, *, text="word", requests=4, concurrency=2, seed=None, **ask):
     load = Load(concurrency, requests=requests)
-    plan = Plan(site.url, load, route, Ask(**ask), [Prompt(text)], warmup=1)
+    prompts = [Prompt(text)] if text else []
+    plan = Plan(site.url, load, route, Ask(**ask), prompts, warmup=1, seed=seed)
     found = summary(run(plan))
     assert found["failures"] == []
     assert found["requests"]["done"] == requests
@@ -51,7 +55,7 @@ def test_everything_over_the_native_route(site):
 
 def test_speech(speaker):
     found = bench(speaker, "auto", text=TEXT, voice="tara", extra=GREEDY)
-    assert (found["route"], found["model"]) == ("speech", "orpheus-tiny")
+    assert (found["route"], found["model"]) == ("speech", "tts-1")
     assert found["audio_seconds"] == pytest.approx(4 * 1.024)
     assert found["latency"]["rtf"]["count"] == 4
 
@@ -106,3 +110,10 @@ def test_the_times_are_true():
     assert len(found["ITL"]) == 16 * 14
     for errors in found.values():
         assert percentile(sorted(abs(error) for error in errors), 50) < 0.002
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_the_built_in_sentences_are_such_as_the_tiny_model_speaks(seed):
+    with Engine("orpheus-tiny") as engine, serving(engine, create_app(engine)) as site:
+        found = bench(site, "auto", text=None, requests=6, seed=seed)
+    assert found["audio_seconds"] == pytest.approx(2 * (24576 + 34816 + 81920) / 24000)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -85,3 +86,24 @@ def speaker() -> Iterator[Site]:
         serving(engine, create_app(engine, served_model_name=["tts-1"])) as site,
     ):
         yield site
+
+
+@pytest.fixture(scope="package")
+def libero(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The tiny policy as trained on LIBERO, with the noise of the goldens; shared."""
+    from tests.http.policies import golden_policy
+
+    with golden_policy(tmp_path_factory.mktemp("libero"), "libero", max_body_mb=1) as site:
+        yield site
+
+
+@pytest.fixture
+def slow(libero: Site) -> Iterator[Site]:
+    """The same, for a time so slow that nobody would wait for it."""
+    model, config = libero.engine.model, libero.engine.model.config
+    model.config = replace(config, num_inference_steps=1000)
+    yield libero
+    model.config = config
+    end = time.monotonic() + 10
+    while libero.engine.stats()["requests"]["running"]:
+        assert time.monotonic() < end

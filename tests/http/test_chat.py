@@ -117,7 +117,7 @@ def test_unknown_fields_are_ignored_with_one_log_line(site, caplog):
     with caplog.at_level("WARNING", "mstar.http"):
         assert post(site, sparkle=1, glitter={"a": 2}).status_code == 200
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == "ignored fields that every does not have: sparkle, glitter"
+    assert line == "ignored fields that every does not have: 'sparkle', 'glitter'"
 
 
 def test_several_choices_have_seeds_that_follow_each_other(client):  # noqa: F811

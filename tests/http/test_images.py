@@ -147,7 +147,7 @@ def test_unknown_fields_are_ignored_with_one_log_line(site, caplog):
     with caplog.at_level("WARNING", "mstar.http"):
         assert generate(site, sparkle=1, glitter=2).status_code == 200
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == "ignored fields that every does not have: sparkle, glitter"
+    assert line == "ignored fields that every does not have: 'sparkle', 'glitter'"
 
 
 def test_the_async_client_draws_too(site):

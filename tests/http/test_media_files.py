@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 def get(folder, url: str, **settings) -> bytes:
     front = object.__new__(Front)
-    front.settings = Settings(names=("every",), media_dir=folder, **settings)
+    front.settings = Settings(media_dir=folder, **settings)
     return asyncio.run(media_bytes(front, "image", url, "messages[0]"))
 
 
@@ -112,8 +112,8 @@ def test_what_cannot_be_read(folder, url, message):
 
 
 def test_files_are_limited_in_bytes(folder):
-    assert "more bytes than" in refused(folder, "a.png", max_body_bytes=len(IMAGE) - 1)
-    assert get(folder, "a.png", max_body_bytes=len(IMAGE)) == IMAGE
+    assert "more bytes than" in refused(folder, "a.png", max_body_mb=(len(IMAGE) - 1) / 2**20)
+    assert get(folder, "a.png", max_body_mb=len(IMAGE) / 2**20) == IMAGE
 
 
 def test_a_folder_that_changes_under_the_check_is_noticed(folder, monkeypatch):

@@ -143,7 +143,7 @@ def test_model_kwargs_may_be_longer_than_usual_limits_of_forms(site):
 def test_an_error_after_the_first_byte_is_the_last_line(site):
     lines = stream(site, text="x", model_kwargs=kwargs(late_poison=True))
     assert lines[-1]["modality"] == "error"
-    assert lines[-1]["metadata"] == {"status": 500}
+    assert lines[-1]["metadata"] == {"status": 500, "error": "RequestFailed"}
     assert "poison in the batch" in base64.b64decode(lines[-1]["data"]).decode()
 
 

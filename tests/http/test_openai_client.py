@@ -109,7 +109,14 @@ def chat(client: Any, **fields: Any) -> Any:
 @pytest.mark.parametrize(
     ("call", "kind", "status", "word", "param", "code"),
     [
-        (lambda c: chat(c, temperature=9), "BadRequestError", 400, "invalid_request", "temp", None),
+        (
+            lambda c: chat(c, temperature=9),
+            "BadRequestError",
+            400,
+            "invalid_request",
+            "temp",
+            "inva",
+        ),
         (lambda c: chat(c, model="gpt"), "NotFoundError", 404, "invalid", "model", "model_not_fo"),
         (lambda c: c.models.retrieve("a/b"), "NotFoundError", 404, "inv", "model", "model_not_fo"),
         (lambda c: c.post("/nowhere", cast_to=dict), "NotFoundError", 404, "invalid", None, None),

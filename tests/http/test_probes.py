@@ -22,6 +22,12 @@ def test_probes_of_a_live_engine(site):
     assert site.get("/version").json()["model"] == "tts-1"
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/version", "/metrics"])
+def test_probes_can_be_asked_for_their_headers_only(site, path):
+    reply = requests.head(f"{site.url}{path}", timeout=5)
+    assert (reply.status_code, reply.content) == (200, b"")
+
+
 def test_a_dead_engine_is_not_healthy():
     with every_site() as site:
         results: list[requests.Response] = []
@@ -111,6 +117,12 @@ def test_a_key_is_asked_for():
         assert wrong.json()["error"]["code"] == "invalid_api_key"
         right = site.get("/v1/models", headers={"authorization": "Bearer sesame"})
         assert right.status_code == 200
+        other = site.get("/v1/models", headers={"authorization": "bEaReR sesame"})
+        assert other.status_code == 200
+        basic = site.get("/v1/models", headers={"authorization": "Basic sesame"})
+        assert basic.status_code == 401
+        assert site.get("/docs").status_code == 401
+        assert site.get("/openapi.json").status_code == 401
 
 
 def test_pages_of_other_origins_may_call_only_if_they_are_named():
@@ -118,6 +130,8 @@ def test_pages_of_other_origins_may_call_only_if_they_are_named():
     with every_site(cors_origins=["https://a.example"]) as site:
         allowed = site.get("/health", headers=headers).headers
         assert allowed["access-control-allow-origin"] == "https://a.example"
+        exposed = allowed["access-control-expose-headers"]
+        assert exposed == "x-request-id, retry-after, x-mstar-error"
     with every_site() as site:
         reply = site.get("/health", headers=headers)
         assert "access-control-allow-origin" not in reply.headers

@@ -20,8 +20,9 @@ import requests
 import soundfile
 from PIL import Image
 
-from mstar.client import MStarClient
-from tests.http.conftest import every_site
+from mstar import Engine, MStarClient
+from mstar.http import create_app
+from tests.http.conftest import serving
 from tests.http.test_serve import Process
 
 ROOT = Path(__file__).parents[2]
@@ -58,8 +59,8 @@ def speech() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def bagel() -> Iterator[str]:
-    """The URL of a server whose model chats and draws, and answers to the README's name."""
-    with every_site(served_model_name=["bagel"]) as site:
+    """The URL of the model that the README's blocks on chat and images name."""
+    with Engine("bagel-tiny") as engine, serving(engine, create_app(engine)) as site:
         yield site.url
 
 
@@ -111,9 +112,9 @@ def test_the_async_client(speech, tmp_path):
 def test_curl_on_chat_and_images(bagel, tmp_path):
     completion = json.loads(run("bash", "images/edits", bagel, tmp_path))
     assert completion["choices"][0]["message"]["content"]
-    assert Image.open(tmp_path / "cat.png").size == (512, 512)
+    assert Image.open(tmp_path / "cat.png").size == (128, 128)
     (edited,) = json.loads((tmp_path / "blue.json").read_text())["data"]
-    assert Image.open(io.BytesIO(base64.b64decode(edited["b64_json"]))).size == (512, 512)
+    assert Image.open(io.BytesIO(base64.b64decode(edited["b64_json"]))).size == (128, 128)
 
 
 def test_the_app_inside_another(tmp_path):

@@ -17,8 +17,9 @@ import requests
 
 from mstar.errors import InvalidRequest
 from mstar.http import remote
+from mstar.http.allowance import Allowance, new_allowance
 from mstar.http.front import Front
-from mstar.http.media import Allowance, media_bytes, new_allowance
+from mstar.http.media import media_bytes
 from mstar.http.settings import Settings
 from tests.broken_media import png as huge_png
 from tests.http.conftest import every_site
@@ -36,7 +37,7 @@ def internet(monkeypatch):
 
 def front_of(**settings) -> Front:
     front = object.__new__(Front)
-    front.settings = Settings(names=("every",), **{"allow_remote_media": True, **settings})
+    front.settings = Settings(**{"allow_remote_media": True, **settings})
     return front
 
 
@@ -189,7 +190,7 @@ def test_redirects_are_checked(internet, place, message):
 )
 def test_bad_answers(internet, answered, message):
     internet.answers["/bad"] = answered
-    said = refused(internet.url("/bad"), max_body_bytes=2**20)
+    said = refused(internet.url("/bad"), max_body_mb=1)
     assert any(words in said for words in message.split("|")), said
 
 
@@ -266,7 +267,7 @@ def test_who_no_longer_waits_ends_the_download(internet):
 
 
 def test_the_media_of_one_request_share_its_limits(internet):
-    front = front_of(max_body_bytes=3 * len(IMAGE))
+    front = front_of(max_body_mb=3 * len(IMAGE) / 2**20)
 
     async def main(count: int) -> None:
         new_allowance(front.settings)

@@ -30,7 +30,9 @@ class Process:
                 break
         else:
             raise AssertionError("".join(self.log))
-        threading.Thread(target=lambda: self.log.extend(self.popen.stderr), daemon=True).start()
+        rest = lambda: self.log.extend(self.popen.stderr)  # noqa: E731
+        self._reader = threading.Thread(target=rest, daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> Process:
         return self
@@ -38,6 +40,14 @@ class Process:
     def __exit__(self, *_: object) -> None:
         self.popen.kill()
         self.popen.wait()
+
+    def words_at_the_end(self) -> list[str]:
+        """What the process wrote after it began to drain, but for the lines of requests."""
+        self._reader.join(10)
+        after = self.log[[" draining: " in line for line in self.log].index(True) + 1 :]
+        return [
+            line.partition(" mstar.http ")[2].strip() or line for line in after if "{" not in line
+        ]
 
     def speak(self, body=LONG):
         return requests.post(f"{self.url}/v1/audio/speech", json=body, stream=True, timeout=30)
@@ -56,6 +66,7 @@ def test_sigterm_lets_running_requests_end_and_takes_no_new_ones():
             size += sum(map(len, pieces))
         assert size > 100_000
         assert process.popen.wait(10) == 0
+        assert process.words_at_the_end() == ["ended"]
 
 
 def test_what_does_not_end_in_time_is_cancelled():
@@ -78,6 +89,19 @@ def test_ctrl_c_ends_an_idle_server_at_once():
             time.sleep(0.01)
         process.popen.send_signal(signal.SIGINT)
         assert process.popen.wait(10) == 0
+        assert process.words_at_the_end() == ["ended"]
+
+
+def test_ctrl_c_twice_ends_a_busy_server_without_a_traceback():
+    with Process() as process:
+        with process.speak({**LONG, "max_tokens": 30000}) as reply:
+            next(reply.iter_content(None))
+            process.popen.send_signal(signal.SIGINT)
+            while not any(" draining: " in line for line in process.log):
+                time.sleep(0.01)
+            process.popen.send_signal(signal.SIGINT)
+            assert process.popen.wait(10) == 0
+        assert process.words_at_the_end() == ["ended"]
 
 
 @pytest.mark.parametrize(

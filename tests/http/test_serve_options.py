@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from mstar import Engine
 from mstar.cli import app
 from mstar.errors import InvalidRequest
-from mstar.http import create_app, server
+from mstar.http import server
 from mstar.http.server import Listening
+from mstar.http.settings import Settings
 
 # Not to be chosen: a server always warms up before it listens, and whether a bar of progress is
 # shown depends on there being a terminal.
@@ -34,6 +35,10 @@ ENGINE = {
     "prefix_cache": (["--no-prefix-cache"], False),
     "look_ahead": (["--look-ahead"], True),
     "cpu_threads": (["--cpu-threads", "2"], 2),
+    "options": (
+        ["--option", "a=b=c", "--option", "n=-3", "--option", "f=true"],
+        {"a": "b=c", "n": -3, "f": True},
+    ),
 }
 APP = {
     "served_model_name": (["--served-model-name", "a", "--served-model-name", "b"], ["a", "b"]),
@@ -48,6 +53,9 @@ APP = {
     "max_audio_seconds": (["--max-audio-seconds", "9"], 9),
     "max_video_seconds": (["--max-video-seconds", "10"], 10),
     "max_video_frames": (["--max-video-frames", "11"], 11),
+    "robot": (["--robot", "droid"], "droid"),
+    "default_prompt": (["--default-prompt", "fold"], "fold"),
+    "reset_pose": (["--reset-pose", "0,-1.5"], [0.0, -1.5]),
 }
 LISTENING = {
     "host": (["--host", "::1"], "::1"),
@@ -79,8 +87,8 @@ def test_every_keyword_of_the_engine_can_be_chosen():
     assert set(ENGINE) == set(keywords(Engine.__init__)) - NOT_CHOSEN
 
 
-def test_every_keyword_of_the_app_can_be_chosen():
-    assert set(APP) == set(keywords(create_app))
+def test_every_field_of_the_settings_can_be_chosen():
+    assert set(APP) == {field.name for field in fields(Settings)}
 
 
 def test_every_field_of_listening_can_be_chosen():
@@ -91,7 +99,7 @@ def test_what_is_not_chosen_is_as_in_python(monkeypatch):
     seen = served(monkeypatch)
     chosen = {name: v for name, v in keywords(Engine.__init__).items() if name not in NOT_CHOSEN}
     assert seen["engine_options"] == chosen
-    assert seen["app_options"] == keywords(create_app)
+    assert seen["settings"] == Settings()
     assert seen["listening"] == Listening()
 
 
@@ -104,7 +112,7 @@ def test_what_is_chosen_arrives(monkeypatch, group, name):
     seen = served(monkeypatch, *typed)
     arrived = {
         "ENGINE": seen["engine_options"],
-        "APP": seen["app_options"],
+        "APP": vars(seen["settings"]),
         "LISTENING": asdict(seen["listening"]),
     }[group]
     assert arrived[name] == value
@@ -113,4 +121,36 @@ def test_what_is_chosen_arrives(monkeypatch, group, name):
 @pytest.mark.parametrize("name", ["header_timeout", "max_connections"])
 def test_limits_of_connections_that_nothing_can_keep(name):
     with pytest.raises(InvalidRequest, match=name.replace("_", "-")):
-        server.serve("x", listening=Listening(**{name: 0}), engine_options={}, app_options={})
+        server.serve("x", listening=Listening(**{name: 0}), settings=Settings(), engine_options={})
+
+
+@pytest.mark.parametrize(
+    "typed", [["--option", "a"], ["--option", "a=1", "--option", "a=2"], ["--reset-pose", "0,x"]]
+)
+def test_what_cannot_be_read(typed):
+    done = CliRunner().invoke(app, ["serve", "orpheus-tiny", *typed])
+    assert done.exit_code == 2
+    assert typed[0] in done.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("request_timeout", "0"),
+        ("body_timeout", "-1"),
+        ("max_body_mb", "nan"),
+        ("max_pixels", "0"),
+        ("max_audio_seconds", "0"),
+        ("max_video_seconds", "0"),
+        ("max_video_frames", "0"),
+        ("media_dir", "/nowhere/at/all"),
+    ],
+)
+def test_what_nothing_can_keep_is_refused_before_the_model_is_loaded(monkeypatch, option, value):
+    called: list[str] = []
+    monkeypatch.setattr(server, "serve", lambda model, **_: called.append(model))
+    options = ["serve", "orpheus-tiny", "--" + option.replace("_", "-"), value]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 2, done.output
+    assert f"error: {option}=" in done.stderr
+    assert not called

@@ -42,7 +42,9 @@ def speak(client, format: str = "pcm", **kwargs):
 
 def test_pcm_is_what_the_engine_makes(client, spoken):
     reply = speak(client)
-    assert reply.response.headers["content-type"] == "audio/pcm"
+    headers = reply.response.headers
+    assert headers["content-type"] == "audio/pcm"
+    assert (headers["cache-control"], headers["x-accel-buffering"]) == ("no-cache", "no")
     assert reply.content == spoken.astype("<i2").tobytes()
 
 
@@ -131,12 +133,14 @@ def test_unknown_fields_are_ignored_with_one_log_line(speaker, caplog):
     with caplog.at_level("WARNING", "mstar.http"):
         assert speaker.post("/v1/audio/speech", json=body).status_code == 200
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == "ignored fields that orpheus does not have: sparkle, glitter"
+    assert line == "ignored fields that orpheus does not have: 'sparkle', 'glitter'"
 
 
-def test_no_sound_is_an_error_and_not_an_empty_file(client):
-    with pytest.raises(openai.InternalServerError, match="made no sound"):
-        client.audio.speech.create(**TEXT, extra_body={"max_tokens": 1})
+@pytest.mark.parametrize("field", ["max_tokens", "max_output_tokens"])
+def test_no_sound_is_an_error_that_names_the_limit_and_not_an_empty_file(client, field):
+    with pytest.raises(openai.BadRequestError, match="is too few to make any sound") as error:
+        client.audio.speech.create(**TEXT, extra_body={field: 1})
+    assert (error.value.param, error.value.code) == (field, "invalid_value")
 
 
 def test_a_speech_that_breaks_off_is_not_taken_for_a_whole_one(site):
@@ -150,7 +154,7 @@ def test_a_speech_that_breaks_off_is_not_taken_for_a_whole_one(site):
 
 
 def test_models_are_listed_under_all_their_names(client, site):
-    assert [model.id for model in client.models.list()] == ["orpheus-tiny", "tts-1", "orpheus"]
+    assert [model.id for model in client.models.list()] == ["tts-1", "orpheus-tiny", "orpheus"]
     assert client.models.retrieve("tts-1").owned_by == "mstar"
     assert site.get("/v1/models/org/name").json()["id"] == "org/name"
     with pytest.raises(openai.NotFoundError) as error:

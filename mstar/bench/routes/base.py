@@ -66,8 +66,8 @@ class Reader(ABC):
 class Route(ABC):
     """A protocol: how a prompt is asked, and who reads the answer."""
 
-    paints: ClassVar[bool] = False
-    """Whether prompts should describe pictures."""
+    use: ClassVar[str] = "talk"
+    """What prompts are for; see `built_in`."""
 
     def __init__(self, ask: Ask) -> None:
         self.ask = ask

@@ -16,7 +16,7 @@ __all__ = ["Images"]
 class Images(Route):
     """One JSON document, or server-sent events."""
 
-    paints = True
+    use = "paint"
 
     def request(self, prompt: Prompt, seed: int | None) -> Request:
         fields: dict[str, Any] = {"model": self.ask.model, "prompt": prompt.text, "seed": seed}

@@ -18,6 +18,8 @@ __all__ = ["Speech"]
 class Speech(Route):
     """Asks for 24 kHz PCM, the only format whose length is known as it comes."""
 
+    use = "speak"
+
     def request(self, prompt: Prompt, seed: int | None) -> Request:
         ask = self.ask
         if ask.attached:
@@ -25,7 +27,7 @@ class Speech(Route):
         body = {
             "model": ask.model,
             "input": prompt.text,
-            "voice": ask.voice,
+            "voice": ask.voice or (prompt.voice if "orpheus" in (ask.model or "") else None),
             "response_format": "pcm",
             "stream_format": "sse" if ask.sse else None,
             "max_tokens": ask.max_tokens,

@@ -21,7 +21,6 @@ from mstar.http.stream import streamed
 
 __all__ = ["chat_routes"]
 
-_LARGE = 1 << 30  # work that is never done on the event loop
 _STRING, _OBJECT = {"type": "string"}, {"type": "object"}
 _BOOL, _INT, _NUMBER = {"type": "boolean"}, {"type": "integer"}, {"type": "number"}
 _SCHEMA = {
@@ -74,9 +73,8 @@ def chat_routes(front: Front, surface: ChatSurface) -> APIRouter:
         try:
             if not ask.stream:
                 return await completion(front, request, ask, transcripts)
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
             chunks = completion_chunks(front, request, ask, transcripts)
-            return await streamed(chunks, "text/event-stream", headers)
+            return await streamed(chunks, "text/event-stream")
         except InvalidRequest as error:
             raise ask.renamed(error) from None
 
@@ -90,11 +88,9 @@ async def _ask(
     fields: dict[str, Any],
     transcripts: Transcripts,
 ) -> ChatAsk:
-    stated = request.headers.get("content-length", "")
-    size = int(stated) if stated.isdecimal() and len(stated) < 20 else _LARGE
     header = request.headers.get("x-request-timeout")
     args = (front, surface, fields, header, transcripts.get)
-    ask = await off_loop(chat_ask, *args, size=size)
+    ask = await off_loop(chat_ask, *args, size=record_of(request.scope).held)
     messages = await with_media(front, ask.arguments[0]["messages"])
     for arguments in ask.arguments:
         arguments["messages"] = messages

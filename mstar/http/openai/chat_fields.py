@@ -7,22 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from mstar.errors import InvalidRequest
-from mstar.http.errors import Refused
 from mstar.http.openai.chat_surface import ChatSurface
+from mstar.http.openai.common import unsupported
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter
 
-__all__ = ["PARAMETER_FIELDS", "parameter_values", "text_of_voice", "unsupported"]
+__all__ = ["PARAMETER_FIELDS", "parameter_values"]
 
 _MOST_STOPS = 4
 _MOST_IDS = 1024
 _MOST_ALTERNATIVES = 20
-
-
-def unsupported(field: str, value: Any, allowed: str) -> Refused:
-    """The answer to a field that is known, but that the model cannot honour."""
-    message = str(InvalidRequest(field, value, allowed))
-    return Refused(400, message, param=field, code="unsupported_parameter")
 
 
 def _stop(value: Any) -> list[str]:
@@ -61,14 +55,14 @@ def _object(value: Any) -> dict[str, Any]:
 # The default is the value that changes nothing, so that a model may do without the field then.
 _FIELDS = (
     Parameter("temperature", float, 1.0, low=0, high=2),
-    Parameter("top_p", float, 1.0, low=0, high=1),
+    Parameter("top_p", float, 1.0, low=0, low_open=True, high=1),
     Parameter("top_k", int, 0, low=-1, high=2**31 - 1),
     Parameter("min_p", float, 0.0, low=0, high=1),
     Parameter("repetition_penalty", float, 1.0, low=0, low_open=True, high=100),
     Parameter("presence_penalty", float, 0.0, low=-2, high=2),
     Parameter("frequency_penalty", float, 0.0, low=-2, high=2),
     Parameter("logit_bias", _logit_bias, {}),
-    Parameter("seed", int, low=-(2**63), high=2**63 - 1),
+    Parameter("seed", int, low=0, high=2**63 - 1),
     Parameter("stop", _stop, []),
     Parameter("stop_token_ids", _token_ids, []),
     Parameter("max_completion_tokens", int, low=1, high=2**31 - 1),
@@ -117,11 +111,3 @@ def parameter_values(
     if wanted:
         put("logprobs", count, None)
     return values, field_of
-
-
-def text_of_voice(value: Any) -> str | None:
-    """A voice: a string, or an object with an id."""
-    name = value.get("id", 0) if isinstance(value, dict) else value
-    if name is not None and not isinstance(name, str):
-        raise InvalidRequest("audio.voice", value, 'must be a string or {"id": ...}')
-    return name

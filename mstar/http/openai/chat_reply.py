@@ -21,8 +21,6 @@ from mstar.types import AudioChunk, Event, ImageChunk, TextChunk, Usage
 
 __all__ = ["completion"]
 
-_LARGE = 1 << 30  # work that is never done on the event loop
-
 
 async def completion(
     front: Front, request: Request, ask: ChatAsk, transcripts: Transcripts
@@ -33,9 +31,9 @@ async def completion(
         async for index, events in merged(runs):
             choices[index] += events
     envelope = Envelope(ask.model, front.card.name)
-    size = sum(map(size_of, choices)) if ask.audio_format is None else _LARGE
-    args = (envelope, ask, choices, transcripts)
-    return Response(await off_loop(_written, *args, size=size), media_type="application/json")
+    work = {"size": sum(map(size_of, choices)), "always": ask.audio_format is not None}
+    body = await off_loop(_written, envelope, ask, choices, transcripts, **work)
+    return Response(body, media_type="application/json")
 
 
 def _written(

@@ -8,17 +8,12 @@ from typing import Any
 
 from mstar.errors import InvalidRequest
 from mstar.http.encoders import FORMATS, check_encoder
-from mstar.http.fields import seconds_of
+from mstar.http.fields import deadline
 from mstar.http.front import Front
 from mstar.http.messages import read_messages
-from mstar.http.openai.chat_fields import (
-    PARAMETER_FIELDS,
-    parameter_values,
-    text_of_voice,
-    unsupported,
-)
+from mstar.http.openai.chat_fields import PARAMETER_FIELDS, parameter_values
 from mstar.http.openai.chat_surface import ChatSurface
-from mstar.http.openai.extras import model_parameters
+from mstar.http.openai.common import flat, model_parameters, renamed, unsupported, voice_of
 from mstar.http.openai.models import check_model
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter
@@ -32,12 +27,8 @@ _SHAPING = (
     *("response_format", "service_tier", "timeout"),
     *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
 )
-# They tell OpenAI's own service something and change nothing here.
-_IGNORED = (
-    *("metadata", "store", "user", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_options", "prompt_cache_retention", "verbosity", "reasoning_effort"),
-    *("prediction", "moderation", "web_search_options"),
-)
+# Arguments of the engine that come from the messages.
+_FIELD_OF = dict.fromkeys(("text", "images", "audio", "video"), "messages")
 _AUDIO_FORMATS = {"pcm16": "pcm", **{name: name for name in FORMATS if name != "pcm"}}
 _CHOICES = Parameter("n", int, 1, low=1, high=MOST_CHOICES)
 _OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
@@ -71,7 +62,7 @@ class ChatAsk:
 
     def renamed(self, error: Exception) -> Exception:
         """An error about a parameter of the model, in the words of the request."""
-        return _renamed(error, self.field_of)
+        return renamed(error, {**_FIELD_OF, **self.field_of})
 
 
 def chat_ask(
@@ -94,7 +85,7 @@ def chat_ask(
         InvalidRequest, Refused: a field is not what it must be, or cannot be honoured.
     """
     card = front.card
-    fields = _flat(fields)
+    fields = flat(fields)
     model = check_model(front, fields.get("model"))
     _check_tools(card, fields)
     _check_format(card, fields)
@@ -113,17 +104,16 @@ def chat_ask(
     try:
         card.parameters.validate({**extras, **values})
     except InvalidRequest as error:
-        raise _renamed(error, field_of) from None
+        raise renamed(error, field_of) from None
     longest = front.settings.max_text_chars
     messages = read_messages(card, fields.get("messages"), longest=longest, spoken=spoken)
-    asked = seconds_of("timeout", fields.get("timeout", header))
     arguments = {
         **extras,
         **values,
         "messages": messages,
         "output_modalities": modalities,
         "stream": stream,
-        "timeout": front.timeout(asked),
+        "timeout": deadline(front.settings, header, fields.get("timeout")),
     }
     count = _CHOICES.check(fields.get("n", 1))
     seed = surface.parameter(card, "seed")
@@ -141,29 +131,14 @@ def chat_ask(
     )
 
 
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """All fields that are given, with those that some clients nest in `extra_body`."""
-    nested = fields.get("extra_body")
-    if nested is not None and not isinstance(nested, dict):
-        raise InvalidRequest("extra_body", nested, "must be an object")
-    flat = {name: value for name, value in fields.items() if value is not None}
-    flat.pop("extra_body", None)
-    for name, value in (nested or {}).items():
-        if flat.get(name, value) != value:
-            raise InvalidRequest(f"extra_body.{name[:40]}", value, "is given twice")
-        if value is not None:
-            flat[name] = value
-    return flat
-
-
 def _extras(card: ModelCard, fields: dict[str, Any], field_of: dict[str, str]) -> dict[str, Any]:
     """Parameters of the model under their own names."""
-    known = {*_SHAPING, *PARAMETER_FIELDS, *(n for n in _IGNORED if n not in card.parameters)}
-    extras = model_parameters(card, fields, known)
+    extras = model_parameters(card, fields, {*_SHAPING, *PARAMETER_FIELDS})
     for name in extras:
         other = field_of.get(card.parameters[name].name)
         if other is not None:
             raise InvalidRequest(name, extras[name], f"says the same as {other}: give only one")
+    field_of |= {card.parameters[name].name: name for name in extras}
     return extras
 
 
@@ -214,7 +189,7 @@ def _audio(
     """The format of the sound and its voice."""
     if value is not None and not isinstance(value, dict):
         raise InvalidRequest("audio", value, 'must be {"voice": ..., "format": ...}')
-    voice = text_of_voice((value or {}).get("voice"))
+    voice = voice_of((value or {}).get("voice"), "audio.voice")
     format = (value or {}).get("format")
     if not isinstance(format, (str, type(None))) or format not in (None, *_AUDIO_FORMATS):
         allowed = f"must be one of {', '.join(_AUDIO_FORMATS)}"
@@ -246,9 +221,3 @@ def _bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InvalidRequest(name, value, "must be true or false")
     return value
-
-
-def _renamed(error: Exception, field_of: Mapping[str, str]) -> Exception:
-    if isinstance(error, InvalidRequest) and error.field in field_of:
-        return InvalidRequest(field_of[error.field], error.value, error.allowed)
-    return error

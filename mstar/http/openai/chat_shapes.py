@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 import uuid
@@ -13,7 +12,7 @@ from typing import Any
 import mstar
 from mstar.types import Event, TextChunk, Usage
 
-__all__ = ["Envelope", "data_event", "ended", "image_part", "logprobs_of", "usage_of"]
+__all__ = ["Envelope", "ended", "image_part", "logprobs_of", "usage_of"]
 
 _UNLIKELY = -9999.0  # what stands for any lower logarithm
 _TIER = "default"
@@ -52,11 +51,6 @@ class Envelope:
             "system_fingerprint": self._fingerprint,
             "service_tier": _TIER,
         }
-
-
-def data_event(data: dict[str, Any]) -> bytes:
-    """One event of a stream."""
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
 def ended(reason: str | None) -> str:

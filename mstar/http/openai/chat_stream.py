@@ -11,26 +11,16 @@ import numpy as np
 from fastapi import Request
 
 from mstar.http.encoders import Encoder, open_encoder
-from mstar.http.errors import openai_error, refusal
 from mstar.http.front import Front, off_loop
 from mstar.http.openai.chat_request import ChatAsk
-from mstar.http.openai.chat_shapes import (
-    Envelope,
-    data_event,
-    ended,
-    image_part,
-    logprobs_of,
-    usage_of,
-)
+from mstar.http.openai.chat_shapes import Envelope, ended, image_part, logprobs_of, usage_of
 from mstar.http.openai.chat_store import Transcripts
-from mstar.http.record import record_of
+from mstar.http.openai.common import data_event, error_event
 from mstar.http.running import Running, merged, running_all
 from mstar.http.wire import size_of
 from mstar.types import AudioChunk, Event, ImageChunk, TextChunk
 
 __all__ = ["completion_chunks"]
-
-_LARGE = 1 << 30  # work that is never done on the event loop
 
 
 async def completion_chunks(
@@ -44,7 +34,8 @@ async def completion_chunks(
         async with running_all(front, request, ask.arguments) as runs:
             async for index, events in merged(runs):
                 choice = choices[index]
-                deltas = await off_loop(choice.deltas, events, size=choice.weight(events))
+                work = {"size": choice.weight(events), "always": choice.opens(events)}
+                deltas = await off_loop(choice.deltas, events, **work)
                 usage = _Usage(ask, runs)
                 args = (envelope, usage.so_far(), deltas)
                 yield await off_loop(_written, *args, size=size_of(events))
@@ -54,9 +45,7 @@ async def completion_chunks(
     except Exception as error:
         if not begun:
             raise
-        refused = refusal(ask.renamed(error))
-        record_of(request.scope).note(error=refused.kind)
-        yield data_event(openai_error(refused))
+        yield error_event(ask.renamed(error), request.scope)
         return
     yield b"data: [DONE]\n\n"
 
@@ -92,11 +81,13 @@ class _Choice:
         self._audio_id: str | None = None
         self._said: list[str] = []
 
+    def opens(self, events: Sequence[Event]) -> bool:
+        """Whether an encoder is opened for them, which takes time."""
+        sound = any(isinstance(event, AudioChunk) and len(event.pcm) for event in events)
+        return sound and self._encoder is None
+
     def weight(self, events: Sequence[Event]) -> int:
         """About how much work `deltas` has with them, in bytes that could be copied instead."""
-        sound = any(isinstance(event, AudioChunk) and len(event.pcm) for event in events)
-        if sound and self._encoder is None:
-            return _LARGE
         return size_of(events) * (self._encoder.weight if self._encoder is not None else 1)
 
     def deltas(self, events: Sequence[Event]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -14,9 +13,10 @@ from starlette.responses import Response
 
 from mstar.errors import InvalidRequest, RequestFailed
 from mstar.http.body import read_form, read_json
-from mstar.http.errors import Refused, openai_error, refusal
+from mstar.http.errors import Refused
 from mstar.http.front import Front, off_loop
 from mstar.http.middleware import IMAGE_FILES
+from mstar.http.openai.common import error_event, flat
 from mstar.http.openai.image_store import ImageStore
 from mstar.http.openai.images_ask import ImagesAsk, ask_of
 from mstar.http.openai.images_form import read_edit_form
@@ -32,7 +32,6 @@ from mstar.types import ImageChunk, ProgressChunk, TextChunk, Usage
 
 __all__ = ["images_routes"]
 
-_LARGE = 1 << 30  # work that is never done on the event loop
 _SAID = 300  # characters shown of what a model says instead of drawing
 
 
@@ -43,13 +42,16 @@ def images_routes(
     router = APIRouter()
     store = ImageStore() if store is None else store
 
+    async def ask(request: Request, fields: dict[str, Any], uploads: Any = None) -> ImagesAsk:
+        header, size = request.headers.get("x-request-timeout"), record_of(request.scope).held
+        return await off_loop(ask_of, front, surface, fields, uploads, header, size=size)
+
     @router.post("/v1/images/generations", openapi_extra={"requestBody": {"content": GENERATION}})
     async def generations(request: Request) -> Response:
         """Draw what `prompt` tells."""
         front.check_open()
         fields = await read_json(front, request)
-        ask = ask_of(front, surface, fields, header=request.headers.get("x-request-timeout"))
-        return await _answer(front, request, ask, "image_generation", store)
+        return await _answer(front, request, await ask(request, fields), "image_generation", store)
 
     if surface.edits:
 
@@ -58,10 +60,9 @@ def images_routes(
             """Draw what `prompt` tells, beginning with the images that are sent along."""
             front.check_open()
             fields, images, masks = await _read_edit(front, request)
-            header = request.headers.get("x-request-timeout")
             uploads = await uploads_of(front, surface, images, masks)
-            ask = ask_of(front, surface, fields, uploads, header)
-            return await _answer(front, request, ask, "image_edit", store)
+            asked = await ask(request, fields, uploads)
+            return await _answer(front, request, asked, "image_edit", store)
 
     @router.api_route(IMAGE_FILES + "{name}", methods=["GET", "HEAD"], include_in_schema=False)
     async def file(name: str) -> Response:
@@ -82,15 +83,18 @@ async def _read_edit(
     """Fields, images and masks, from a form or from JSON."""
     kind, _ = parse_options_header(request.headers.get("content-type", ""))
     if kind == b"application/json":
-        fields = await read_json(front, request)
+        fields = flat(await read_json(front, request))
         return fields, *await from_json(front, fields)
     if kind not in (b"multipart/form-data", b"application/x-www-form-urlencoded"):
         given = kind.decode("latin-1") or "none"
         message = f"content-type: must be multipart/form-data or application/json, not {given}"
         raise Refused(400, message)
     parts = await read_form(front, request)
-    form = read_edit_form(front.card, parts)
-    return form.fields, form.images, form.masks
+    size = sum(len(part.data) for part in parts)
+    form = await off_loop(read_edit_form, front.card, parts, size=size)
+    fields = flat(form.fields)
+    images, masks = await from_json(front, fields)  # of `extra_body`
+    return fields, form.images + images, form.masks + masks
 
 
 async def _answer(
@@ -99,9 +103,7 @@ async def _answer(
     record_of(request.scope).note(images=len(ask.requests), format=ask.format, sse=ask.stream)
     try:
         if ask.stream:
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            events = _events(front, request, ask, kind)
-            return await streamed(events, "text/event-stream", headers)
+            return await streamed(_events(front, request, ask, kind), "text/event-stream")
         return await _whole(front, request, ask, store)
     except InvalidRequest as error:
         raise ask.params.in_words(error) from None
@@ -113,11 +115,11 @@ async def _whole(front: Front, request: Request, ask: ImagesAsk, store: ImageSto
         async for index, events in merged(runs):
             for event in events:
                 outcomes[index].push(event)
-    images = [await off_loop(drawn, outcome.png(), ask, size=_LARGE) for outcome in outcomes]
+    images = [await off_loop(drawn, outcome.png(), ask, always=True) for outcome in outcomes]
     if ask.url:
         images = [_kept(store, request, image, ask.format) for image in images]
     usages = [outcome.usage for outcome in outcomes]
-    body = await off_loop(reply, images, usages, ask, size=_LARGE)
+    body = await off_loop(reply, images, usages, ask, always=True)
     return Response(body, media_type="application/json")
 
 
@@ -131,22 +133,19 @@ async def _events(
                 outcome.push(event)
                 shown = isinstance(event, ProgressChunk) and event.preview
                 if shown and event.step < event.steps and previews.wants(event.steps):
-                    image = await off_loop(drawn, event.preview, ask, size=_LARGE)
+                    image = await off_loop(drawn, event.preview, ask, always=True)
                     begun = True
-                    yield await off_loop(partial, kind, image, previews.sent, ask, size=_LARGE)
+                    yield await off_loop(partial, kind, image, previews.sent, ask, always=True)
                     previews.sent += 1
-        image = await off_loop(drawn, outcome.png(), ask, size=_LARGE)
-        last = await off_loop(completed, kind, image, outcome.usage, ask, size=_LARGE)
+        image = await off_loop(drawn, outcome.png(), ask, always=True)
+        last = await off_loop(completed, kind, image, outcome.usage, ask, always=True)
         begun = True
         yield last
     except Exception as error:
         if not begun:
             raise
-        refused = refusal(
-            ask.params.in_words(error) if isinstance(error, InvalidRequest) else error
-        )
-        record_of(request.scope).note(error=refused.kind)
-        yield b"data: " + json.dumps(openai_error(refused)).encode() + b"\n\n"
+        told = ask.params.in_words(error) if isinstance(error, InvalidRequest) else error
+        yield error_event(told, request.scope)
 
 
 class _Outcome:

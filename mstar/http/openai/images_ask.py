@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mstar.errors import InvalidRequest
-from mstar.http.fields import check_text, seconds_of
+from mstar.http.fields import check_text, deadline
 from mstar.http.front import Front
-from mstar.http.openai.extras import model_parameters
-from mstar.http.openai.images_params import Params, Uploads, params_of, seeds_of, unsupported
+from mstar.http.openai.common import flat, model_parameters, unsupported
+from mstar.http.openai.images_params import Params, Uploads, params_of, seeds_of
 from mstar.http.openai.images_surface import ImagesSurface
 from mstar.http.openai.models import check_model
 from mstar.io.image import FORMATS
@@ -78,7 +78,7 @@ def ask_of(
         Refused, InvalidRequest: a field is not what it must be, or cannot be honoured.
     """
     card = front.card
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = flat(fields)
     if "model" in fields:
         check_model(front, fields["model"])
     _check_known(card, fields, edit=uploads is not None)
@@ -93,14 +93,12 @@ def ask_of(
     url = _choice(fields, "response_format", "b64_json", ("b64_json", "url")) == "url"
     stream, partial = _streaming(fields, n, url)
     extras = model_parameters(card, fields, (*KNOWN, *UNSUPPORTED))
-    extras = {name: value for name, value in extras.items() if value is not None}
     params = params_of(card, surface, fields, extras, uploads)
-    asked = seconds_of("timeout", fields.get("timeout", header))
     common = {
         "text": prompt,
         "output_modalities": ("image",),
         "stream": stream,
-        "timeout": front.timeout(asked),
+        "timeout": deadline(front.settings, header, fields.get("timeout")),
     }
     if uploads is not None:
         common["images"] = list(uploads.images)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mstar.errors import InvalidRequest
-from mstar.http.body import Part, whole_json
+from mstar.http.body import Part, check_marks, whole_json
 from mstar.http.errors import Refused
 from mstar.http.openai.images_ask import KNOWN, UNSUPPORTED
 from mstar.models.card import ModelCard
@@ -80,6 +80,7 @@ def _value(card: ModelCard, part: Part) -> Any:
     if part.filename is not None:
         raise Refused(400, f"{name}: must be a value, not a file", param=name)
     text, parameter = part.text(), card.parameters[name]
+    check_marks(text, name)
     return parameter.parse(text) if text or parameter.kind is str else None
 
 
@@ -94,6 +95,7 @@ def _known(name: str, text: str) -> Any:
 
 
 def _json_or_text(text: str) -> Any:
+    check_marks(text, "the form")
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

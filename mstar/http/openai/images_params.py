@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mstar.errors import InvalidRequest
-from mstar.http.errors import Refused, saying
+from mstar.http.errors import saying
+from mstar.http.openai.common import unsupported
 from mstar.http.openai.images_surface import ImagesSurface, fitted
 from mstar.models.card import ModelCard
 
-__all__ = ["Params", "Uploads", "params_of", "seeds_of", "unsupported"]
+__all__ = ["Params", "Uploads", "params_of", "seeds_of"]
 
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
@@ -55,7 +56,7 @@ class Params:
             return error
         word, said = self.words[error.field]
         allowed = error.allowed if word == error.field else saying(error)
-        return InvalidRequest(word, said, allowed)
+        return type(error)(word, said, allowed)
 
 
 def params_of(
@@ -127,12 +128,6 @@ def seeds_of(
         first = secrets.randbelow(max(1, most - n))
     parameter.check(first + n - 1)
     return [{**others, surface.seed: first + index} for index in range(n)]
-
-
-def unsupported(field: str, value: Any, allowed: str) -> Refused:
-    """The answer to a field that is known and cannot be honoured."""
-    message = saying(InvalidRequest(field, value, allowed))
-    return Refused(400, message, param=field, code="unsupported_parameter")
 
 
 def _check_reserved(card: ModelCard, surface: ImagesSurface, extras: dict[str, Any]) -> None:

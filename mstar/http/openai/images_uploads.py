@@ -9,7 +9,8 @@ from mstar.errors import InvalidRequest
 from mstar.http.front import Front, off_loop
 from mstar.http.limits import check_media
 from mstar.http.media import media_bytes
-from mstar.http.openai.images_params import Uploads, unsupported
+from mstar.http.openai.common import unsupported
+from mstar.http.openai.images_params import Uploads
 from mstar.http.openai.images_surface import ImagesSurface
 from mstar.http.settings import Settings
 from mstar.io.image import Picture, read_picture
@@ -17,7 +18,6 @@ from mstar.io.image import Picture, read_picture
 __all__ = ["from_json", "uploads_of"]
 
 _MOST_UPLOADS = 16
-_LARGE = 1 << 30  # work that is never done on the event loop
 _FORMS = 'must be a data URL, or {"image_url": ...} with one'
 
 
@@ -69,7 +69,7 @@ async def _picture(front: Front, field: str, data: bytes) -> Picture:
     """Each on its own, so that the work of other requests comes in between."""
     if not data:
         raise InvalidRequest(field, None, "the file is empty")
-    return await off_loop(_looked_at, front.settings, field, data, size=_LARGE)
+    return await off_loop(_looked_at, front.settings, field, data, always=True)
 
 
 def _looked_at(settings: Settings, field: str, data: bytes) -> Picture:

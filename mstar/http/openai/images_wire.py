@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mstar.http.openai.common import data_event
 from mstar.http.openai.images_ask import ImagesAsk
 from mstar.io.image import transcode
 from mstar.types import Usage
@@ -75,14 +76,8 @@ class Previews:
 
 
 def _event(type: str, image: Drawn, size: str, ask: ImagesAsk, **more: Any) -> bytes:
-    data = {
-        "type": type,
-        "b64_json": _base64(image.data),
-        "created_at": int(time.time()),
-        **_common(ask, size),
-        **more,
-    }
-    return b"event: %b\ndata: %b\n\n" % (type.encode(), json.dumps(data).encode())
+    data = {"type": type, "b64_json": _base64(image.data), "created_at": int(time.time())}
+    return data_event({**data, **_common(ask, size), **more}, type)
 
 
 def _common(ask: ImagesAsk, size: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def model_routes(front: Front) -> APIRouter:
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
         """All names of the model."""
-        return {"object": "list", "data": [shown(name) for name in front.settings.names]}
+        return {"object": "list", "data": [shown(name) for name in front.names]}
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def check_model(front: Front, name: Any) -> str:
     """
     if not isinstance(name, str) or not name:
         raise Refused(400, "model: must be the name of a model", param="model")
-    if name not in front.settings.names:
-        known = ", ".join(front.settings.names)
+    if name not in front.names:
+        known = ", ".join(front.names)
         message = f"model={name[:80]!r}: not served here; there is {known}"
         raise Refused(404, message, param="model", code="model_not_found")
     return name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -16,11 +15,19 @@ from starlette.responses import Response
 from mstar.errors import InvalidRequest, MStarError, RequestFailed
 from mstar.http.body import read_json
 from mstar.http.encoders import FORMATS, Encoder, check_encoder, open_encoder
-from mstar.http.errors import Refused, openai_error, refusal
-from mstar.http.fields import check_text, seconds_of
+from mstar.http.errors import told
+from mstar.http.fields import check_text, deadline
 from mstar.http.front import Front, off_loop
 from mstar.http.middleware import Aborted
-from mstar.http.openai.extras import model_parameters
+from mstar.http.openai.common import (
+    data_event,
+    error_event,
+    flat,
+    model_parameters,
+    renamed,
+    unsupported,
+    voice_of,
+)
 from mstar.http.openai.models import check_model
 from mstar.http.openai.surfaces import Adapter
 from mstar.http.record import record_of
@@ -35,7 +42,7 @@ _KNOWN = (
     *("model", "input", "voice", "instructions", "response_format", "speed", "stream_format"),
     "timeout",
 )
-_LARGE = 1 << 30  # work that is never done on the event loop
+_LIMIT = "max_output_tokens"  # the parameter that ends an answer with finish_reason=length
 _STRING = {"type": "string"}
 _SCHEMA = {
     "type": "object",
@@ -58,6 +65,7 @@ class _Ask:
     format: str
     sse: bool
     speed: float
+    field_of: dict[str, str]  # argument of the engine -> the client's field
 
 
 def speech_routes(front: Front, adapter: Adapter) -> APIRouter:
@@ -70,24 +78,27 @@ def speech_routes(front: Front, adapter: Adapter) -> APIRouter:
         front.check_open()
         fields = await read_json(front, request)
         header = request.headers.get("x-request-timeout")
-        ask = _ask_of(front, adapter, fields, header)
+        args, size = (front, adapter, fields, header), record_of(request.scope).held
+        ask = await off_loop(_ask_of, *args, size=size)
         record_of(request.scope).note(format=ask.format, sse=ask.sse)
-        if ask.sse:
-            headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            return await streamed(_sse(front, request, ask), "text/event-stream", headers)
-        return await streamed(_file(front, request, ask), FORMATS[ask.format])
+        try:
+            if ask.sse:
+                return await streamed(_sse(front, request, ask), "text/event-stream")
+            return await streamed(_file(front, request, ask), FORMATS[ask.format])
+        except InvalidRequest as error:
+            raise renamed(error, ask.field_of) from None
 
     return router
 
 
 def _ask_of(front: Front, adapter: Adapter, fields: dict[str, Any], header: str | None) -> _Ask:
+    fields = flat(fields)
     check_model(front, fields.get("model"))
-    fields = {name: value for name, value in fields.items() if value is not None}
     text = fields.get("input")
     if not isinstance(text, str):
         raise InvalidRequest("input", text, "must be the text to speak")
     check_text("input", text, front.settings)
-    fields["voice"] = _voice(fields.get("voice"))
+    fields["voice"] = voice_of(fields.get("voice"), "voice")
     _check_unsupported(front, fields)
     format = fields.get("response_format", "mp3")
     if not isinstance(format, str) or format not in FORMATS:
@@ -98,18 +109,11 @@ def _ask_of(front: Front, adapter: Adapter, fields: dict[str, Any], header: str 
     stream_format = fields.get("stream_format", "audio")
     if stream_format not in ("audio", "sse"):
         raise InvalidRequest("stream_format", stream_format, "must be audio or sse")
-    arguments = {**model_parameters(front.card, fields, _KNOWN), **adapter(fields)}
-    asked = seconds_of("timeout", fields.get("timeout", header))
-    arguments |= {"stream": True, "timeout": front.timeout(asked)}
-    return _Ask(arguments, format, stream_format == "sse", speed)
-
-
-def _voice(value: Any) -> str | None:
-    """A string, or an object with an id."""
-    name = value.get("id", 0) if isinstance(value, dict) else value
-    if name is not None and not isinstance(name, str):
-        raise InvalidRequest("voice", value, 'must be a string or {"id": ...}')
-    return name
+    extras = model_parameters(front.card, fields, _KNOWN)
+    seconds = deadline(front.settings, header, fields.get("timeout"))
+    arguments = {**extras, **adapter(fields), "stream": True, "timeout": seconds}
+    field_of = {front.card.parameters[name].name: name for name in extras}
+    return _Ask(arguments, format, stream_format == "sse", speed, {"text": "input", **field_of})
 
 
 def _check_unsupported(front: Front, fields: dict[str, Any]) -> None:
@@ -119,14 +123,9 @@ def _check_unsupported(front: Front, fields: dict[str, Any]) -> None:
     if not isinstance(instructions, str):
         raise InvalidRequest("instructions", instructions, "must be a string")
     if instructions and "instructions" not in parameters:
-        raise _unsupported("instructions", instructions, f"{name} takes no instructions")
+        raise unsupported("instructions", instructions, f"{name} takes no instructions")
     if fields["voice"] is not None and "voice" not in parameters:
         fields["voice"] = None  # required by OpenAI's clients, so it is sent to any model
-
-
-def _unsupported(field: str, value: Any, allowed: str) -> Refused:
-    message = str(InvalidRequest(field, value, allowed))
-    return Refused(400, message, param=field, code="unsupported_parameter")
 
 
 class _Pieces:
@@ -144,22 +143,29 @@ class _Pieces:
                 sound = [e for e in events if isinstance(e, AudioChunk) and len(e.pcm)]
                 if sound and encoder is None:
                     rate = sound[0].sample_rate
-                    encoder = await off_loop(_encoder, self._ask, rate, size=_LARGE)
+                    encoder = await off_loop(_encoder, self._ask, rate, always=True)
                 if sound:
                     pcm = np.concatenate([event.pcm for event in sound])
-                    size = len(pcm) * encoder.weight if begun else _LARGE
+                    size = len(pcm) * encoder.weight
+                    piece = await off_loop(encoder.push, pcm, size=size, always=not begun)
                     begun = True
-                    piece = await off_loop(encoder.push, pcm, size=size)
                     if piece:
                         yield piece
                 last = events[-1]
                 self.usage = last.usage or self.usage
                 reason = last.finish_reason
         if encoder is None:
-            raise RequestFailed(f"the model made no sound (finish_reason={reason})")
-        piece = await off_loop(encoder.finish, size=_LARGE)
+            raise self._silent(reason)
+        piece = await off_loop(encoder.finish, always=True)
         if piece:
             yield piece
+
+    def _silent(self, reason: str | None) -> MStarError:
+        """The error for an answer without sound."""
+        field = self._ask.field_of.get(_LIMIT)
+        if reason == "length" and field is not None:
+            return InvalidRequest(field, self._ask.arguments[field], "is too few to make any sound")
+        return RequestFailed(f"the model made no sound (finish_reason={reason})")
 
 
 def _encoder(ask: _Ask, sample_rate: int) -> Encoder:
@@ -177,7 +183,7 @@ async def _file(front: Front, request: Request, ask: _Ask) -> AsyncGenerator[byt
     except MStarError as error:
         if not begun:
             raise
-        raise Aborted(str(error)) from error
+        raise Aborted(told(error, request.scope).reason) from error
 
 
 async def _sse(front: Front, request: Request, ask: _Ask) -> AsyncGenerator[bytes, None]:
@@ -188,18 +194,12 @@ async def _sse(front: Front, request: Request, ask: _Ask) -> AsyncGenerator[byte
             async for piece in made:
                 begun = True
                 audio = base64.b64encode(piece).decode()
-                yield _event({"type": "speech.audio.delta", "audio": audio})
+                yield data_event({"type": "speech.audio.delta", "audio": audio})
     except Exception as error:
         if not begun:
             raise
-        refused = refusal(error)
-        record_of(request.scope).note(error=refused.kind)
-        yield _event(openai_error(refused))
+        yield error_event(renamed(error, ask.field_of), request.scope)
         return
     read, spoken = pieces.usage.prompt_tokens, pieces.usage.generated_tokens
     usage = {"input_tokens": read, "output_tokens": spoken, "total_tokens": read + spoken}
-    yield _event({"type": "speech.audio.done", "usage": usage})
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data).encode() + b"\n\n"
+    yield data_event({"type": "speech.audio.done", "usage": usage})

@@ -208,8 +208,8 @@ PARAMETERS = Parameters(
             low=0,
             high=2**63 - 1,
             nullable=True,
-            help="same seed, same request: same output, but for the last level of a colour here and "
-            "there; it is the published code's image, too",
+            help="same seed, same request: same output, but for the last level of a colour here "
+            "and there; it is the published code's image, too",
         ),
     ],
     check=_together,

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mstar.engine.kernels.ada_norm import ada_norm
 from mstar.engine.kernels.gated import gelu_tanh_mul
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.weights import Source
-from mstar.engine.kernels.ada_norm import ada_norm
 from mstar.models.pi05.attention import KeysValues, attend, rotated
 from mstar.models.pi05.sizes import GemmaSizes
 

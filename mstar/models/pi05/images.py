@@ -5,6 +5,7 @@ Three rows of an image whose last dimension is 3 as well are taken for its colou
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from mstar.errors import InvalidRequest
 from mstar.io.rgb import to_rgb
 from mstar.models.pi05.resize import resize_lerobot, resize_openpi
 
-__all__ = ["model_image"]
+__all__ = ["image_faults", "model_image"]
 
 
 def model_image(field: str, image: Any, target: tuple[int, int], rule: str) -> Tensor:
@@ -39,6 +40,19 @@ def model_image(field: str, image: Any, target: tuple[int, int], rule: str) -> T
         found = (255 * found.float()).to(torch.uint8)
     pixels = resize_openpi(found.permute(1, 2, 0).contiguous().cpu().numpy(), target)
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255).mul_(2).sub_(1)
+
+
+def image_faults(field: str, image: Any) -> list[str]:
+    """What is wrong with an image, in words; files are not looked into."""
+    if isinstance(image, (str, PathLike, bytes, bytearray, memoryview, tuple)):
+        return []
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+        image = torch.empty(image.shape, dtype=torch.uint8)  # only its shape can be wrong
+    try:
+        _checked(field, image)
+    except InvalidRequest as error:
+        return [str(error)]
+    return []
 
 
 def _checked(field: str, image: Any) -> Tensor:

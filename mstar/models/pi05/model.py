@@ -28,7 +28,6 @@ from mstar.models.pi05.rtc import guided, trained
 __all__ = ["Pi05"]
 
 log = logging.getLogger("mstar")
-OPTIONS = ("statistics", "tokenizer", "resize", "state_padded_prompt", "horizon")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +57,8 @@ class Pi05(Model):
     and noise give the same bits in any company.
     """
 
+    options = ("statistics", "tokenizer", "resize", "state_padded_prompt", "horizon")
+
     def __init__(self, policy: Policy, processor: Processor, device: torch.device) -> None:
         self.policy, self.processor = policy, processor
         self.config = policy.config
@@ -72,9 +73,6 @@ class Pi05(Model):
         """See `Model.load`. Options: `statistics`, `tokenizer`, `resize`, `horizon`,
         `state_padded_prompt`; see `Processor`."""
         folder, options = setup.folders["pi05"], dict(setup.options)
-        for name in options:
-            if name not in OPTIONS:
-                raise InvalidRequest("options", name, f"pi05 has {', '.join(OPTIONS)}")
         config = policy_config(folder, options.pop("horizon", None))
         processor = Processor.from_folder(folder, config, **options)
         policy = load_policy(
@@ -141,7 +139,8 @@ class Pi05(Model):
         previous = previous.to(self.device)
         if mode == "trained":
             most = config.rtc_training_max_delay
-            return trained(previous, delay=delay, max_delay=most, **size) if delay else None
+            prefix = trained(previous, delay=delay, max_delay=most, **size)
+            return prefix if delay else None
         return guided(
             previous,
             delay=delay,
@@ -172,7 +171,9 @@ class Pi05(Model):
             actions = actions[:, : self.processor.action_dim].copy()
         else:
             actions = self.processor.finish(actions, plan.seen.state)
-        request.emit_actions(actions.astype(np.float32), cameras=plan.seen.cameras)
+        actions = actions.astype(np.float32)
+        form = {"dtype": "float32", "shape": list(actions.shape)}
+        request.emit_actions(actions, cameras=plan.seen.cameras, **form)
         return "stop"
 
     def _table(self, steps: int) -> Tensor:

@@ -5,68 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from mstar.errors import DeadlineExceeded, InvalidRequest
+from mstar.errors import InvalidRequest
 from mstar.models.pi05.action_queue import lengthened
 from mstar.models.pi05.model import Pi05
+from mstar.models.pi05.pending import Pending
 from mstar.models.pi05.robots import Robot
 
-__all__ = ["Chunk", "Pending", "RobotPolicy"]
+__all__ = ["RobotPolicy"]
 
 _LONGEST = 1e9  # of a deadline, in milliseconds
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Actions in both forms.
-
-    Args:
-        original: as the model makes them, normalised, float32 `[horizon, policy's action_dim]`.
-        actions: as the robot takes them, float32 `[horizon, robot's action_dim]`; None if the
-            checkpoint has no statistics.
-        state: that they were inferred from, in robot units, as the policy knows it, `[dims]`.
-        infer_ms: what the engine took.
-    """
-
-    original: np.ndarray
-    actions: np.ndarray | None
-    state: np.ndarray
-    infer_ms: float
-
-
-class Pending:
-    """A chunk on its way; of `RobotPolicy.begin`."""
-
-    def __init__(self, policy: RobotPolicy, handle: Any, state: np.ndarray, end: float | None):
-        self._policy, self._handle, self._state, self._end = policy, handle, state, end
-        self._began = time.perf_counter()
-
-    def result(self) -> Chunk:
-        """Wait for it. If that ends early, for whatever reason, the engine is free again.
-
-        Raises:
-            DeadlineExceeded: it is not there in time.
-            MStarError: it failed or was cancelled.
-        """
-        left = None if self._end is None else max(0.0, self._end - time.monotonic())
-        try:
-            original = self._handle.result(left).actions
-        except TimeoutError:
-            raise DeadlineExceeded("the actions were not there in time") from None
-        finally:
-            self.cancel()
-        infer_ms = 1e3 * (time.perf_counter() - self._began)
-        actions = self._policy.for_robot(original, self._state)
-        return Chunk(original, actions, self._state, infer_ms)
-
-    def cancel(self) -> None:
-        """Give it up. Does nothing if it is there."""
-        if not self._handle.done:
-            self._handle.cancel()
 
 
 class RobotPolicy:
@@ -79,6 +31,9 @@ class RobotPolicy:
         engine: the Engine.
         robot: a name of `robots.PRESETS`, a `Robot`, or `None` for the names of the checkpoint.
         rename: key of an observation -> the key that the robot's convention has for it.
+
+    Raises:
+        InvalidRequest: nobody knows the robot, or the policy was made for another one.
     """
 
     def __init__(
@@ -92,6 +47,7 @@ class RobotPolicy:
         self.processor = model.processor
         self.config = model.config
         found = model.robot(robot)
+        self._check_fits(found)
         self.robot = replace(found, rename={**found.rename, **(rename or {})})
         self._queue: deque[np.ndarray] = deque()
 
@@ -136,8 +92,8 @@ class RobotPolicy:
         Raises:
             InvalidRequest: the observation is not what the robot's should be; all faults are named.
             DeadlineExceeded: it took too long. The engine is free for the next observation as soon
-                as what it is in the middle of is done: reading an image or a prompt, or a step of
-                the flow.
+                as what it is in the middle of is done: reading the observation, or one step of the
+                flow.
         """
         params |= {"noise": noise, "seed": seed}
         chunk = self.begin(obs, deadline_ms=deadline_ms, raw=raw, **params).result()
@@ -157,13 +113,12 @@ class RobotPolicy:
         Raises:
             InvalidRequest, DeadlineExceeded: see `infer`.
         """
-        end = None
+        began = time.monotonic()
         if deadline_ms is not None:
             number = isinstance(deadline_ms, (int, float)) and not isinstance(deadline_ms, bool)
             if not number or not 0 < deadline_ms <= _LONGEST:
                 allowed = f"must be above 0, at most {_LONGEST:g}, or None for no deadline"
                 raise InvalidRequest("deadline_ms", deadline_ms, allowed)
-            end = time.monotonic() + deadline_ms / 1e3
         if not raw:
             self.processor.check_robot_units()
         observed = self.robot.observe(obs)
@@ -175,7 +130,7 @@ class RobotPolicy:
             stream=False,
             **{**params, "raw": True},
         )
-        return Pending(self, handle, observed.state, end)
+        return Pending(self.for_robot, handle, observed.state, deadline_ms, began)
 
     def for_robot(self, original: np.ndarray, state: np.ndarray) -> np.ndarray | None:
         """What the robot takes, of actions in the model's space; None without statistics.
@@ -241,6 +196,16 @@ class RobotPolicy:
             **{key: np.zeros(dims or count) for key, dims in self.robot.state.items()},
             self.robot.prompt: "wait",
         }
+
+    def _check_fits(self, robot: Robot) -> None:
+        """A policy of another robot would move this one wrongly."""
+        cameras, dims = self.config.cameras, self.processor.action_dim
+        if unknown := [name for name in robot.images if name not in cameras]:
+            allowed = f"has cameras {', '.join(unknown)}; the policy has {', '.join(cameras)}"
+            raise InvalidRequest("robot", robot.name, allowed)
+        if (robot.action_dim or 0) > dims:
+            allowed = f"takes {robot.action_dim} numbers an action; the policy makes {dims}"
+            raise InvalidRequest("robot", robot.name, allowed)
 
     # -- lerobot's names -----------------------------------------------------------------------
 

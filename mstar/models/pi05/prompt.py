@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class Tokenizer:
             self._fast = Fast.from_file(str(file))
         except Exception as error:
             raise WeightsError(f"{file} is not a tokenizer: {error}") from error
+        _forget(self._fast)
         self._fast.no_padding()
         self._fast.no_truncation()
         self.bos = self._fast.token_to_id(_BOS)
@@ -79,3 +81,11 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("text", texts[0], "must be Unicode text") from error
         return [self.bos, *(token for ids in found for token in ids)][: self.max_length]
+
+
+def _forget(tokenizer: Any) -> None:
+    """Keep no prompts: one that spells the state out never comes again, and thousands of them are
+    tens of megabytes, which a control loop would see as a leak."""
+    resize = getattr(tokenizer.model, "_resize_cache", None)
+    if resize is not None:
+        resize(0)

@@ -11,6 +11,7 @@ import numpy as np
 from mstar.errors import InvalidRequest
 from mstar.models.pi05 import aloha
 from mstar.models.pi05.config import IMAGES, OPENPI_CAMERAS, STATE, Pi05Config
+from mstar.models.pi05.images import image_faults
 from mstar.models.pi05.observation import flat, numbers
 
 __all__ = ["PRESETS", "Observed", "Robot", "robot_of"]
@@ -48,6 +49,7 @@ class Robot:
         fps: control steps per second.
         run: rows of a chunk that the published client executes.
         default_prompt: the task where an observation has none.
+        reset_pose: joints where its published client begins an episode, if it asks for them.
         rename: key of an observation -> the key that is meant.
         encode_state, decode_actions: to the policy's joints and back.
     """
@@ -63,6 +65,7 @@ class Robot:
     fps: float | None = None
     run: int | None = None
     default_prompt: str | None = None
+    reset_pose: tuple[float, ...] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
     encode_state: Callable[[np.ndarray], np.ndarray] | None = None
     decode_actions: Callable[[np.ndarray], np.ndarray] | None = None
@@ -82,6 +85,7 @@ class Robot:
         for camera, key in self.images.items():
             if (key := key.replace(".", "/")) in given:
                 images[camera] = given.pop(key)
+                faults += image_faults(key, images[camera])
             elif camera in self.required:
                 faults.append(f"{key} is missing")
         if not images and not faults:
@@ -170,6 +174,7 @@ PRESETS = {
         delta=(*[True] * 6, False) * 2,
         fps=50,
         run=25,
+        reset_pose=(0, -1.5, 1.5, 0, 0, 0),
         encode_state=aloha.encode_state,
         decode_actions=aloha.decode_actions,
     ),

@@ -75,7 +75,7 @@ const checks = {
     const bad = client.chat.completions.create({ model, messages, temperature: 3 });
     await assert.rejects(bad, (error) => {
       assert(error instanceof OpenAI.BadRequestError);
-      assert.deepEqual([error.status, error.param, error.code], [400, "temperature", null]);
+      assert.deepEqual([error.status, error.param, error.code], [400, "temperature", "invalid_value"]);
       return /temperature/.test(error.message) && Boolean(error.requestID);
     });
     await assert.rejects(client.models.retrieve("none"), OpenAI.NotFoundError);

@@ -1,0 +1,322 @@
+"""A policy as robot programs call it: conventions, forms of observations, deadlines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pi05_data import TINY, picture
+
+from mstar import DeadlineExceeded, Engine, InvalidRequest, RequestCancelled, Robot
+
+KEYS = {
+    "base_0_rgb": "observation.images.base_0_rgb",
+    "left_wrist_0_rgb": "observation.images.left_wrist_0_rgb",
+    "right_wrist_0_rgb": "observation.images.right_wrist_0_rgb",
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine("pi05-tiny") as engine:
+        yield engine
+
+
+@pytest.fixture
+def policy(engine):
+    return engine.policy()
+
+
+@pytest.fixture
+def seen(goldens):
+    """An observation in lerobot's words, with two cameras as in the goldens."""
+    found = goldens.observation(0, goldens.facts["pair"]["missing_cameras"])
+    images = {KEYS[camera]: image for camera, image in found["images"].items()}
+    return {**images, "observation.state": found["state"], "task": found["task"]}
+
+
+def expect(found, expected, near=5e-5):
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=near, rtol=0)
+
+
+# -- openpi's robots -----------------------------------------------------------------------------
+
+
+def of_openpi(folder, robot, statistics):
+    """The tiny policy as openpi would have saved it for a robot."""
+    shutil.copytree(TINY / "tokenizer", folder / "tokenizer")
+    (folder / "model.safetensors").symlink_to(TINY / "model.safetensors")
+    custom = json.loads((TINY / "config.json").read_text())["custom_dims"]
+    config = {"action_horizon": 10, "action_dim": 32, "custom_dims": custom}
+    more = {"image_resolution": [56, 56], "discrete_state_input": True}
+    (folder / "config.json").write_text(json.dumps({**config, **more}))
+    assets = folder / "assets" / robot
+    assets.mkdir(parents=True)
+    (assets / "norm_stats.json").write_text(json.dumps(statistics))
+    return folder
+
+
+def of_robot(facts, robot):
+    """The observation of a golden case, with its images."""
+    found = dict(facts["openpi"][robot]["obs"])
+    if robot == "libero":
+        return {k: picture(v) if "image" in k else v for k, v in found.items()}
+    if robot == "droid":
+        base, wrist = "observation/exterior_image_1_left", "observation/wrist_image_left"
+        pixels = picture("obs0_left_wrist_0_rgb.png").transpose(2, 0, 1)
+        return {**found, base: picture(found[base]), wrist: pixels.astype(np.float32) / 255}
+    files = {"cam_high": "obs0_base_0_rgb.png", "cam_right_wrist": "obs1_right_wrist_0_rgb.png"}
+    return {**found, "images": {k: picture(v).transpose(2, 0, 1) for k, v in files.items()}}
+
+
+@pytest.mark.parametrize(("name", "fps"), [("libero", None), ("droid", 15), ("aloha", 50)])
+def test_robots_of_openpi(name, fps, tmp_path, goldens):
+    facts = goldens.facts
+    folder = of_openpi(tmp_path, name, facts["openpi"]["norm_stats"][name])
+    observation = of_robot(facts, name)
+    with Engine("pi05", weights=folder) as engine:
+        policy = engine.policy(name)
+        noise = goldens["openpi.noise"]
+        found = policy.infer(observation, noise=noise)
+        expected = goldens[f"openpi.{name}.actions"]
+        expect(found["actions"], expected)
+        assert list(found) == facts["openpi"][name]["response_keys"]
+        assert found["policy_timing"]["infer_ms"] > 0
+        again = [policy.begin(observation, noise=noise) for _ in range(3)]
+        for pending in again:
+            assert np.array_equal(pending.result().actions, found["actions"])
+        metadata = policy.metadata
+        assert (metadata["robot"], metadata["fps"]) == (name, fps)
+        assert (metadata["action_horizon"], metadata["action_dim"]) == tuple(expected.shape)
+        assert policy.infer(policy.example(), seed=0)["actions"].shape == expected.shape
+
+
+def test_actions_that_are_deltas_go_on_from_another_state(tmp_path, goldens):
+    folder = of_openpi(tmp_path, "aloha", goldens.facts["openpi"]["norm_stats"]["aloha"])
+    observation = of_robot(goldens.facts, "aloha")
+    with Engine("pi05", weights=folder) as engine:
+        policy = engine.policy("aloha")
+        chunk = policy.begin(observation, seed=1).result()
+        moved = {**observation, "state": np.array(observation["state"]) + 0.1}
+        left = policy.previous(chunk.original[3:], chunk.state, moved, 10)
+        assert left.shape == chunk.original.shape
+        assert np.array_equal(left[-4:], np.repeat(left[-1:], 4, 0))
+        now = policy.robot.observe(moved).state
+        found = policy.for_robot(left, now)[:7]
+        np.testing.assert_allclose(found, chunk.actions[3:], atol=1e-4)
+
+
+def test_a_robot_that_the_policy_was_not_made_for(engine):
+    with pytest.raises(InvalidRequest, match="takes 14 numbers an action; the policy makes 7"):
+        engine.policy("aloha")
+    with pytest.raises(InvalidRequest, match="has cameras head; the policy has base_0_rgb"):
+        engine.policy(Robot("own", images={"head": "head"}, state={"q": 8}))
+    with pytest.raises(InvalidRequest, match="must be one of droid, libero, aloha, or a Robot"):
+        engine.policy("spot")
+
+
+def test_engines_without_actions_have_no_policy():
+    with Engine("orpheus-tiny") as engine, pytest.raises(InvalidRequest, match="makes no actions"):
+        engine.policy()
+
+
+# -- observations --------------------------------------------------------------------------------
+
+
+def test_an_observation_in_any_form(policy, seen, goldens):
+    noise = goldens["pair.noise"][0]
+    expected = policy.infer(seen, noise=noise)["actions"]
+    expect(expected, goldens["pair.actions"][0])
+    images = {k.rpartition(".")[2]: v for k, v in seen.items() if "images" in k}
+    state, task = seen["observation.state"], seen["task"]
+    rest = {"observation": {"state": np.array(state)}, "task": task}
+    forms = {
+        "nested": images,
+        "torch": {k: torch.from_numpy(v) for k, v in images.items()},
+        "channels first": {k: v.transpose(2, 0, 1) for k, v in images.items()},
+        "batched": {k: torch.from_numpy(v.transpose(2, 0, 1))[None] for k, v in images.items()},
+        "floats": {k: v / np.float32(255) for k, v in images.items()},
+        "read-only": {k: np.frombuffer(v.tobytes(), np.uint8).reshape(v.shape)
+                      for k, v in images.items()},
+    }  # fmt: skip
+    for name, form in forms.items():
+        given = {**rest, "observation": {**rest["observation"], "images": form}}
+        found = policy.infer(given, noise=noise)["actions"]
+        assert np.array_equal(found, expected), name
+    batched = {k: torch.as_tensor(np.array(v))[None] for k, v in seen.items() if k != "task"}
+    found = policy.infer({**batched, "task": [task]}, noise=noise.numpy().tolist())["actions"]
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 200), (720, 1280), (56, 56), (57, 55)])
+def test_images_of_any_size(size, policy, seen):
+    seen[KEYS["base_0_rgb"]] = np.full((*size, 3), 90, np.uint8)
+    assert np.isfinite(policy.infer(seen)["actions"]).all()
+
+
+def test_a_robot_of_ones_own_with_names_of_ones_own(engine, policy, seen, goldens):
+    noise = goldens["pair.noise"][0]
+    expected = policy.infer(seen, noise=noise)["actions"]
+    own = Robot(
+        "arm",
+        images={"base_0_rgb": "front", "left_wrist_0_rgb": "wrist"},
+        state={"arm/joints": 7, "gripper": 1},
+        prompt="instruction",
+        action_dim=6,
+        default_prompt=seen["task"],
+        encode_state=lambda state: state / 2,
+        decode_actions=lambda actions: -actions,
+    )
+    arm = engine.policy(own, rename={"cameras.f": "front", "cameras.w": "wrist"})
+    state = 2 * np.array(seen["observation.state"])
+    observation = {
+        "cameras": {"f": seen[KEYS["base_0_rgb"]], "w": seen[KEYS["left_wrist_0_rgb"]]},
+        "arm": {"joints": state[:7]},
+        "gripper": float(state[7]),
+    }
+    found = arm.infer(observation, noise=noise)["actions"]
+    assert np.array_equal(found, -expected[:, :6])
+    raw = arm.infer(observation, noise=noise, raw=True)["actions"]
+    expect(raw, goldens["pair.actions_norm"][0])
+
+
+def test_one_error_names_all_faults(policy):
+    wrong = {
+        "observation.images.base_0_rgb": np.zeros((8, 8), np.uint8),
+        "observation.images.left_wrist_0_rgb": np.zeros((8, 8, 3), np.int32),
+        "observation.images.head": np.zeros((8, 8, 3), np.uint8),
+        "observation.state": [0.0] * 7,
+        "taks": "go",
+    }
+    with pytest.raises(InvalidRequest) as caught:
+        policy.infer(wrong)
+    for part in (
+        "base_0_rgb=[8, 8]: must be [height, width, 3] or [3, height, width]",
+        "left_wrist_0_rgb='torch.int32': must be uint8",
+        "head is no camera of this robot",
+        "state has 7 numbers, and must have 8",
+        "task, the task, is missing",
+        "keys that nobody knows: taks",
+    ):
+        assert part in str(caught.value)
+    assert caught.value.field == "observation"
+
+
+# -- deadlines -----------------------------------------------------------------------------------
+
+
+def test_a_deadline_that_is_kept_changes_nothing(policy, seen):
+    expected = policy.infer(seen, seed=1)["actions"]
+    found = policy.infer(seen, seed=1, deadline_ms=60_000)["actions"]
+    assert np.array_equal(found, expected)
+
+
+def test_a_deadline_that_is_missed_frees_the_engine_after_one_step(engine, policy, seen):
+    policy.infer(seen)
+
+    def steps():
+        return engine.stats()["nodes"]["step"]["calls"]
+
+    for _ in range(3):
+        began = time.perf_counter()
+        with pytest.raises(DeadlineExceeded, match="no actions within 60 ms"):
+            policy.infer(seen, num_steps=1000, deadline_ms=60)
+        assert time.perf_counter() - began < 1
+        done = steps()
+        policy.infer(seen)
+        assert steps() - done <= 10 + 1  # those of the call, and the one that was running
+    stats = engine.stats()["requests"]
+    assert (stats["running"], stats["waiting"]) == (0, 0)
+
+
+def test_a_deadline_that_nothing_can_keep(engine, policy, seen):
+    with pytest.raises(DeadlineExceeded):
+        policy.infer(seen, deadline_ms=1e-3)
+    assert policy.infer(seen, deadline_ms=60_000)["actions"].shape == (10, 7)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "soon", True])
+def test_what_is_no_deadline(value, policy, seen):
+    with pytest.raises(InvalidRequest, match=r"deadline_ms=.*must be above 0"):
+        policy.infer(seen, deadline_ms=value)
+
+
+def test_what_was_begun_can_be_given_up(engine, policy, seen):
+    pending = policy.begin(seen, num_steps=1000)
+    pending.cancel()
+    with pytest.raises(RequestCancelled):
+        pending.result()
+    pending = policy.begin(seen)
+    assert pending.result().actions.shape == (10, 7)
+    pending.cancel()
+
+
+# -- lerobot's names -----------------------------------------------------------------------------
+
+
+def batch_of(seen):
+    images = {
+        k: torch.from_numpy(v).permute(2, 0, 1)[None] / 255
+        for k, v in seen.items()
+        if "images" in k
+    }
+    state = torch.tensor(seen["observation.state"])[None]
+    return {**images, "observation.state": state, "task": [seen["task"]], "index": torch.zeros(1)}
+
+
+def test_select_action(policy, seen, goldens, engine):
+    batch, noise = batch_of(seen), goldens["pair.noise"][:1]
+    calls = goldens.facts["select_action"]["calls"]
+    before = engine.stats()["nodes"]["read"]["calls"]
+    rows = [policy.select_action(batch, noise=noise, raw=True) for _ in range(calls)]
+    assert engine.stats()["nodes"]["read"]["calls"] - before == 2
+    assert {row.shape for row in rows} == {(1, 7)}
+    expect(np.concatenate(rows), goldens["select_action.sequence_norm"])
+    policy.reset()
+    expect(policy.select_action(batch, noise=noise), goldens["pair.actions"][0, :1])
+    expect(policy.select_action(batch, noise=noise), goldens["pair.actions"][0, 1:2])
+    assert engine.stats()["nodes"]["read"]["calls"] - before == 3
+
+
+def test_select_action_knows_no_real_time_chunking(policy, seen, goldens):
+    with pytest.raises(InvalidRequest, match="is for predict_action_chunk"):
+        policy.select_action(seen, prev_chunk_left_over=goldens["rtc.prev_chunk_left_over"])
+    policy.config = replace(policy.config, rtc_config={"enabled": True})
+    with pytest.raises(InvalidRequest, match="use PolicyRunner, or predict_action_chunk"):
+        policy.select_action(seen)
+
+
+def test_predict_action_chunk(policy, seen, goldens):
+    batch, noise = batch_of(seen), goldens["pair.noise"][0]
+    found = policy.predict_action_chunk(batch, noise=noise)
+    expect(found, goldens["pair.actions_norm"][:1])
+    facts = goldens.facts["rtc"]
+    left = {
+        "inference_delay": facts["inference_delay"],
+        "prev_chunk_left_over": goldens["rtc.prev_chunk_left_over"],
+        "noise": noise,
+    }
+    found = policy.predict_action_chunk(
+        batch, **left, execution_horizon=facts["execution_horizon"], rtc_mode="guided"
+    )
+    expect(found, goldens["rtc.LINEAR.actions_norm"][..., :7], 2e-4)
+    left["prev_chunk_left_over"] = left["prev_chunk_left_over"][None]
+    found = policy.predict_action_chunk(batch, **left)
+    expect(found, goldens["rtc_trained.actions_norm"][..., :7])
+
+
+def test_relative_actions_go_on_from_another_state(policy, seen, monkeypatch):
+    monkeypatch.setattr(policy.processor, "relative", np.array([True] * 6 + [False]))
+    chunk = policy.begin(seen, seed=1).result()
+    state = np.array(seen["observation.state"]) + 0.25
+    moved = {**seen, "observation.state": state}
+    left = policy.previous(chunk.original[4:], chunk.state, moved, 6)
+    expect(policy.for_robot(left, state.astype(np.float32)), chunk.actions[4:], 1e-4)
+    assert not np.allclose(left[:, :6], chunk.original[4:, :6], atol=1e-3)
+    expect(left[:, 6], chunk.original[4:, 6], 1e-5)
