@@ -9,7 +9,7 @@ from typing import Any
 from mstar.errors import InvalidRequest
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters, plain
-from mstar.models.sampling_table import is_list, logit_bias
+from mstar.models.sampling_table import is_list, logit_bias, sampling_table
 
 __all__ = ["CARD", "MOST_TOKENS", "VOICES"]
 
@@ -68,6 +68,9 @@ def _recognises(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "llama" and config.get("vocab_size") == VOCAB_SIZE
 
 
+# Of the table that text models share: those that are tokens of speech here, or mean nothing.
+_OWN = ("logit_bias", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs")
+
 PARAMETERS = Parameters(
     "orpheus",
     [
@@ -82,57 +85,12 @@ PARAMETERS = Parameters(
         Parameter(
             "force_voice", bool, False, help="accept voices that the published model does not know"
         ),
-        Parameter(
-            "temperature",
-            float,
-            0.6,
-            low=0,
-            high=100,
-            help="spread of the sampling; 0 is greedy",
-        ),
-        Parameter(
-            "top_p",
-            float,
-            0.8,
-            low=0,
-            high=1,
-            low_open=True,
-            help="sample from the likeliest tokens that make up this probability",
-        ),
-        Parameter(
-            "top_k", int, 0, low=0, help="sample from this many likeliest tokens; 0 means all"
-        ),
-        Parameter(
-            "min_p",
-            float,
-            0.0,
-            low=0,
-            high=1,
-            help="drop tokens below this fraction of the likeliest one's probability",
-        ),
-        Parameter(
-            "repetition_penalty",
-            float,
-            1.3,
-            low=0.01,
-            high=100,
-            help="divides the logits of tokens seen so far; stable speech needs 1.1 or more",
-        ),
-        Parameter(
-            "presence_penalty",
-            float,
-            0.0,
-            low=-2,
-            high=2,
-            help="subtracted from the logits of tokens generated before",
-        ),
-        Parameter(
-            "frequency_penalty",
-            float,
-            0.0,
-            low=-2,
-            high=2,
-            help="subtracted once for every time that the token was generated",
+        *(
+            parameter
+            for parameter in sampling_table(
+                temperature=0.6, top_p=0.8, repetition_penalty=1.3, what="speech"
+            )
+            if parameter.name not in _OWN
         ),
         Parameter(
             "max_output_tokens",

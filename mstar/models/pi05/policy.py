@@ -12,7 +12,6 @@ import numpy as np
 
 from mstar.errors import InvalidRequest
 from mstar.models.pi05.action_queue import lengthened
-from mstar.models.pi05.model import Pi05
 from mstar.models.pi05.pending import Pending
 from mstar.models.pi05.robots import Robot
 
@@ -42,7 +41,7 @@ class RobotPolicy:
         robot: str | Robot | None = None,
         rename: Mapping[str, str] | None = None,
     ) -> None:
-        model: Pi05 = engine.model
+        model = engine.model
         self.engine = engine
         self.processor = model.processor
         self.config = model.config
