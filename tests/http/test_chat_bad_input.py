@@ -244,7 +244,7 @@ BODIES = [
     (b'{"temperature": 1e999}', 400, "too large a number"),
     (b'{"messages":' * 10_000 + b"1" + b"}" * 10_000, 400, "nested too deeply"),
     (b'{"messages": ' + b"[" * 50_000, 400, "nested too deeply"),
-    (b'{"messages": ' + b"[" * 200_000, 413, "more than 100000 values"),
+    (b'{"messages": ' + b"[" * 500_000, 413, "more than 400000 values"),
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "surrogate"),
     (b'{"messages": []}', 400, "must be the name of a model"),
     (json.dumps(body(model="gpt-9")).encode(), 404, "there is tts-1, org/name, every"),
