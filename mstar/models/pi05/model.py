@@ -28,6 +28,7 @@ from mstar.models.pi05.rtc import guided, trained
 __all__ = ["Pi05"]
 
 log = logging.getLogger("mstar")
+_MOST_TABLED = 64  # steps: at full size 29 MB; the tables of longer flows are not kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +179,8 @@ class Pi05(Model):
 
     def _table(self, steps: int) -> Tensor:
         if steps not in self._tables:
+            if steps > _MOST_TABLED:
+                return self.policy.table(steps)
             if len(self._tables) > 8:
                 self._tables.clear()
             self._tables[steps] = self.policy.table(steps)

@@ -94,7 +94,9 @@ class Processor:
         self.action_dim = self._action_dim()
         self.relative: np.ndarray | None = None
         if processors.relative if processors.relative is not None else config.use_relative_actions:
-            exclude = processors.exclude or config.relative_exclude_joints
+            exclude = processors.exclude
+            if exclude is None:
+                exclude = config.relative_exclude_joints
             names = processors.names or config.action_feature_names
             self.relative = relative_mask(self.action_dim, exclude, names)
 

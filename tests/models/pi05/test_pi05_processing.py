@@ -21,7 +21,7 @@ from mstar.models.pi05.normalise import Normalizer, relative_mask
 from mstar.models.pi05.processing import Processor
 from mstar.models.pi05.prompt import cleaned, prompt_text, state_bins
 from mstar.models.pi05.resize import fitted
-from mstar.models.pi05.statistics import read_statistics
+from mstar.models.pi05.statistics import Processors, read_statistics
 
 # -- prompts -------------------------------------------------------------------------------------
 
@@ -223,6 +223,14 @@ def test_relative_actions_are_added_to_the_state_and_taken_off_again(processor):
     back = relative.previous(found[4:], state, 8)
     np.testing.assert_allclose(back[:6], chunk[4:, :7], atol=1e-5)
     assert back[6:].tolist() == [back[5].tolist()] * 2
+
+
+def test_an_empty_list_of_excluded_joints_excludes_none(processor):
+    config = replace(processor.config, action_feature_names=("gripper", *"abcdef"))
+    for exclude, first in ((None, False), ((), True)):
+        processors = Processors(relative=True, exclude=exclude)
+        found = Processor(config, processor.tokenizer, processors)
+        assert found.relative.tolist() == [first] + [True] * 6
 
 
 # -- what is asked of an observation -------------------------------------------------------------
