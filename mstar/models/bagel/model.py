@@ -134,7 +134,8 @@ class Bagel(Model):
     def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
         """See `Model.prepare`."""
         plan = self.planner.plan(inputs, params, outputs)
-        end, room = self._contexts(plan).main.end, self._room
+        self._fill(plan)
+        end, room = plan.contexts.main.end, self._room
         shown = f"a prompt of {end.length} tokens"
         if end.position + 1 >= self.config.llm.max_position_embeddings:
             longest = self.config.llm.max_position_embeddings
@@ -152,7 +153,7 @@ class Bagel(Model):
             allowed = f"there is room for {room(end)} after the prompt"
             raise InvalidRequest("max_think_tokens", params["max_think_tokens"], allowed)
         shown = f"{shown} and an image of {plan.drawing.tokens}"
-        needed = self._held(plan, thought) + self._drafts(plan)
+        needed = self._held(plan, end.length + thought) + self._drafts(plan)
         pool.check_fits("text", shown, needed, ContextTooLong)
         return plan
 
@@ -161,12 +162,12 @@ class Bagel(Model):
         longest = self.config.llm.max_position_embeddings
         return min(longest - end.position, self.lm.pool.capacity - end.length) - 1
 
-    def _held(self, plan: Plan, thought: int) -> int:
-        """Tokens of KV cache that the contexts of a drawing take."""
-        contexts, page = self._contexts(plan), self.lm.pool.page_size
+    def _held(self, plan: Plan, main: int) -> int:
+        """Tokens of KV cache that the contexts of a drawing take; the main one has `main`."""
+        contexts, page = plan.contexts, self.lm.pool.page_size
         beside = contexts.without_images.end.length if contexts.has_images else 0
         negative = len(plan.drawing.negative or ())
-        return contexts.main.end.length + thought + beside + negative + 3 * page
+        return main + beside + negative + 3 * page
 
     def _drafts(self, plan: Plan) -> int:
         """Tokens of KV cache that one image takes while it is drawn."""
@@ -174,8 +175,9 @@ class Bagel(Model):
         branches = 1 + drawing.is_guided * (1 + drawing.guidance.by_image)
         return branches * (drawing.tokens + 2 * page)
 
-    def _contexts(self, plan: Plan) -> Contexts:
-        contexts = Contexts()
+    def _fill(self, plan: Plan) -> None:
+        """Put the elements of a request into its contexts."""
+        contexts = plan.contexts
         if plan.think:
             system = THINK_THEN_ANSWER if plan.drawing is None else THINK_THEN_DRAW
             contexts.system(self.tokenizer.text_span(system))
@@ -187,7 +189,6 @@ class Bagel(Model):
                 contexts.image(self._seen(element))
             else:
                 contexts.image(self._encoded(element, next(eps)), self._seen(element))
-        return contexts
 
     def _seen(self, picture: Picture) -> Medium:
         """A picture as the vision encoder sees it."""
@@ -226,8 +227,7 @@ class Bagel(Model):
     async def walk(self, request: Request) -> str | None:
         """Read; then write, or think and draw."""
         plan: Plan = request.inputs
-        contexts = self._contexts(plan)
-        usage = request.usage
+        contexts, usage = plan.contexts, request.usage
         usage.image_tokens += sum(
             len(span.content) for span in contexts.main.spans if span.embed is not None
         )
@@ -236,7 +236,6 @@ class Bagel(Model):
             aside = stack.enter_context(main.fork())  # empty still: for the context without images
             await prefill(self.lm, main, contexts.main.spans, usage)
             contexts.main.end.place(main)
-            mark = main.length
             if plan.drawing is None:
                 return await self._write(request, plan, main, contexts.main.end)
             if not contexts.has_images:  # then it is the beginning of the main one
@@ -250,7 +249,7 @@ class Bagel(Model):
             await self._without_text(away, contexts.without_text, plan)
             same = not contexts.has_images and not plan.think
             branches = Branches(main, away, None if same else aside)
-            left = self.lm.pool.capacity - self._held(plan, main.length - mark)
+            left = self.lm.pool.capacity - self._held(plan, main.length)
             abreast = max(1, left // self._drafts(plan))
             await draw(self, request, plan, branches, abreast)
         return "stop"

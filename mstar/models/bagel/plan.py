@@ -12,6 +12,7 @@ from torch import Tensor
 from mstar.errors import InvalidRequest
 from mstar.models.bagel.card import OF_IMAGES, OF_TEXT, PARAMETERS
 from mstar.models.bagel.config import BagelConfig
+from mstar.models.bagel.contexts import Contexts
 from mstar.models.bagel.guidance import Guidance
 from mstar.models.bagel.pictures import Picture, read_picture
 from mstar.models.bagel.positions import Grid
@@ -63,6 +64,7 @@ class Plan:
         eps: noise of each picture for the autoencoder, `[1, z, height / f, width / f]`.
         drawing: `None` where text is to be made.
         notes: for the metadata of the images.
+        contexts: what the decoder is told; made of the elements by the model, once.
     """
 
     elements: list[list[int] | Picture]
@@ -71,6 +73,7 @@ class Plan:
     eps: list[Tensor]
     drawing: Drawing | None
     notes: dict[str, Any] = field(default_factory=dict)
+    contexts: Contexts = field(default_factory=Contexts)
 
 
 class Planner:
