@@ -21,18 +21,11 @@ from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext, CausalContext, HeadNorms, Projected
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
+from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
 from mstar.models.bagel.config import LLMConfig
 
 __all__ = ["Decoder"]
-
-
-class _Weight(nn.Module):
-    """One parameter called `weight`, not initialised."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
 
 
 class _Attention(nn.Module):
@@ -42,8 +35,8 @@ class _Attention(nn.Module):
         rows = (heads + 2 * config.num_key_value_heads) * config.head_dim
         self.qkv_proj = nn.Linear(size, rows)
         self.o_proj = nn.Linear(size, size, bias=False)
-        self.q_norm = _Weight(config.head_dim)
-        self.k_norm = _Weight(config.head_dim)
+        self.q_norm = Weight(config.head_dim)
+        self.k_norm = Weight(config.head_dim)
 
 
 class _MLP(nn.Module):
@@ -86,9 +79,9 @@ class _Expert(nn.Module):
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.input_layernorm = _Weight(config.hidden_size)
+        self.input_layernorm = Weight(config.hidden_size)
         self.self_attn = _Attention(config)
-        self.post_attention_layernorm = _Weight(config.hidden_size)
+        self.post_attention_layernorm = Weight(config.hidden_size)
         self.mlp = _MLP(config)
 
     def project(self, stream: _Stream) -> Projected:
@@ -115,10 +108,10 @@ class _Layer(nn.Module):
 class _Body(nn.Module):
     def __init__(self, config: LLMConfig) -> None:
         super().__init__()
-        self.embed_tokens = _Weight(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = _Weight(config.hidden_size)
-        self.norm_gen = _Weight(config.hidden_size)
+        self.norm = Weight(config.hidden_size)
+        self.norm_gen = Weight(config.hidden_size)
 
 
 class Decoder(nn.Module):

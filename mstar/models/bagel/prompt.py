@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mstar.errors import InvalidRequest, WeightsError
+from mstar.errors import WeightsError
+from mstar.models.tokenizer import FastTokenizer, open_tokenizer
 
 __all__ = ["THINK_THEN_ANSWER", "THINK_THEN_DRAW", "Tokenizer"]
 
@@ -23,7 +24,7 @@ THINK_THEN_DRAW = _THINK.format(what="planning", do="generate the image", then="
 _MARKS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 
-class Tokenizer:
+class Tokenizer(FastTokenizer):
     """The byte-level BPE of a checkpoint. Any thread may use it.
 
     Marks that are spelled out in text (`<|im_end|>`) become the mark, as in the published code.
@@ -37,38 +38,12 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer as Fast
-
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise WeightsError(f"no tokenizer.json in {folder}")
-        try:
-            self._fast = Fast.from_file(str(file))
-        except Exception as error:
-            raise WeightsError(f"{file} is not a tokenizer: {error}") from error
+        super().__init__(open_tokenizer(folder))
         ids = {mark: self._fast.token_to_id(mark) for mark in _MARKS}
         if lacking := [mark for mark, token in ids.items() if token is None]:
+            file = folder / "tokenizer.json"
             raise WeightsError(f"{file} is not BAGEL's: it has no {', '.join(lacking)}")
         self.start, self.end, self.image_start, self.image_end = ids.values()
-
-    @property
-    def size(self) -> int:
-        """One more than the largest id."""
-        return max(self._fast.get_vocab().values()) + 1
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of text, with nothing around them.
-
-        Raises:
-            InvalidRequest: it is no Unicode text, since it has half of a surrogate pair.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                "text", text, f"character {error.start} is half of a surrogate pair"
-            ) from None
-        return self._fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, with marks spelled out; bytes that are no text become U+FFFD."""

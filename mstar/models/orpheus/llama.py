@@ -20,6 +20,7 @@ from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext, CausalContext, Projected
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
+from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
 from mstar.models.fields import (
     check_flags,
@@ -110,14 +111,6 @@ class LlamaConfig:
         return cls.from_dict(read_object(path))
 
 
-class _Weight(nn.Module):
-    """One parameter called `weight`, not initialised (torch's own modules take a second for it)."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
-
-
 class _Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -139,18 +132,18 @@ class _MLP(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.input_layernorm = _Weight(config.hidden_size)
+        self.input_layernorm = Weight(config.hidden_size)
         self.self_attn = _Attention(config)
-        self.post_attention_layernorm = _Weight(config.hidden_size)
+        self.post_attention_layernorm = Weight(config.hidden_size)
         self.mlp = _MLP(config)
 
 
 class _Body(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = _Weight(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = _Weight(config.hidden_size)
+        self.norm = Weight(config.hidden_size)
 
 
 class Llama(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mstar.errors import InvalidRequest, WeightsError
+from mstar.models.tokenizer import open_tokenizer
 
 __all__ = ["LONGEST", "MOST_TEXT", "load_tokenizer", "prompt_ids", "split_sentences", "spoken"]
 
@@ -45,13 +46,7 @@ def load_tokenizer(folder: Path) -> Encode:
     """
     from tokenizers import Tokenizer
 
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise WeightsError(f"no tokenizer.json in {folder}")
-    try:
-        full = Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise WeightsError(f"{file} is not a tokenizer: {error}") from error
+    full = open_tokenizer(folder)
     plain = Tokenizer(full.model)
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         if getattr(full, part) is not None:
@@ -59,7 +54,8 @@ def load_tokenizer(folder: Path) -> Encode:
     begin = plain.encode("").ids
     if begin != [_BEGIN_OF_TEXT]:
         raise WeightsError(
-            f"{file} is not Orpheus': text begins with the ids {begin}, not [{_BEGIN_OF_TEXT}]"
+            f"{folder / 'tokenizer.json'} is not Orpheus': "
+            f"text begins with the ids {begin}, not [{_BEGIN_OF_TEXT}]"
         )
     return lambda text: plain.encode(text).ids
 

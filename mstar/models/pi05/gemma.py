@@ -17,6 +17,7 @@ from mstar.engine.kernels.gated import gelu_tanh_mul
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
+from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
 from mstar.models.pi05.attention import KeysValues, attend, rotated
 from mstar.models.pi05.sizes import GemmaSizes
@@ -27,12 +28,8 @@ _EPS = 1e-6
 _THETA = 10000.0
 
 
-class _Weight(nn.Module):
-    """One parameter called `weight`, not initialised."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
+class _Product(Weight):
+    """A matrix that its inputs are multiplied with."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
@@ -50,11 +47,11 @@ class _Layer(nn.Module):
         self.sizes = sizes
         width, rows = sizes.width, sizes.num_heads * sizes.head_dim
         self.kv_rows = 2 * sizes.num_kv_heads * sizes.head_dim
-        self.qkv_proj = _Weight(self.kv_rows + rows * whole, width)
+        self.qkv_proj = _Product(self.kv_rows + rows * whole, width)
         if whole:
-            self.o_proj = _Weight(width, rows)
-            self.gate_up_proj = _Weight(2 * sizes.mlp_dim, width)
-            self.down_proj = _Weight(width, sizes.mlp_dim)
+            self.o_proj = _Product(width, rows)
+            self.gate_up_proj = _Product(2 * sizes.mlp_dim, width)
+            self.down_proj = _Product(width, sizes.mlp_dim)
 
     def project(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[batch, tokens, heads, head_dim]` and `keys_values`."""
@@ -89,9 +86,9 @@ class _Layer(nn.Module):
 class _PrefixLayer(_Layer):
     def __init__(self, sizes: GemmaSizes, whole: bool) -> None:
         super().__init__(sizes, whole)
-        self.input_layernorm = _Weight(sizes.width)
+        self.input_layernorm = Weight(sizes.width)
         if whole:
-            self.post_attention_layernorm = _Weight(sizes.width)
+            self.post_attention_layernorm = Weight(sizes.width)
 
 
 class Prefix(nn.Module):
@@ -109,7 +106,7 @@ class Prefix(nn.Module):
         self.layers = nn.ModuleList(
             _PrefixLayer(sizes, whole or index < last) for index in range(sizes.depth)
         )
-        self.norm = _Weight(sizes.width) if whole else None
+        self.norm = Weight(sizes.width) if whole else None
         self.rotary = Rotary(sizes.head_dim, _THETA)
 
     def sources(self, name: str) -> Sequence[Source]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest, WeightsError
+from mstar.models.tokenizer import FastTokenizer, open_tokenizer
 
 __all__ = ["Tokenizer", "cleaned", "prompt_text", "state_bins"]
 
@@ -32,7 +33,7 @@ def prompt_text(task: str, state: np.ndarray) -> str:
     return f"Task: {cleaned(task)}, State: {numbers};\nAction: "
 
 
-class Tokenizer:
+class Tokenizer(FastTokenizer):
     """PaliGemma's, from the tokenizer.json in a folder. Any thread may use it.
 
     Args:
@@ -43,27 +44,15 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, max_length: int) -> None:
-        from tokenizers import Tokenizer as Fast
-
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise WeightsError(f"no tokenizer.json in {folder}")
-        try:
-            self._fast = Fast.from_file(str(file))
-        except Exception as error:
-            raise WeightsError(f"{file} is not a tokenizer: {error}") from error
+        super().__init__(open_tokenizer(folder))
         _forget(self._fast)
         self._fast.no_padding()
         self._fast.no_truncation()
         self.bos = self._fast.token_to_id(_BOS)
         self.max_length = max_length
         if self.bos is None:
+            file = folder / "tokenizer.json"
             raise WeightsError(f"{file} is not PaliGemma's: it has no {_BOS}")
-
-    @property
-    def size(self) -> int:
-        """One more than the largest id."""
-        return max(self._fast.get_vocab().values()) + 1
 
     def with_state(self, task: str, state: np.ndarray) -> list[int]:
         """Ids of the prompt of a normalised state."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mstar.errors import InvalidRequest, WeightsError
+from mstar.errors import WeightsError
+from mstar.models.tokenizer import FastTokenizer
 
 __all__ = ["Tokenizer"]
 
@@ -18,7 +19,7 @@ _SPLIT = (
 )
 
 
-class Tokenizer:
+class Tokenizer(FastTokenizer):
     """Text <-> ids. Any thread may use it.
 
     Marks that are spelled out in text (`<|im_end|>`) become the mark, as in the published code.
@@ -28,13 +29,8 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._fast = _open(folder)
+        super().__init__(_open(folder))
         self.folder = folder
-
-    @property
-    def size(self) -> int:
-        """One more than the largest id."""
-        return max(self._fast.get_vocab().values()) + 1
 
     def mark(self, text: str) -> int:
         """The id of a mark.
@@ -46,20 +42,6 @@ class Tokenizer:
         if found is None:
             raise WeightsError(f"the tokenizer in {self.folder} has no {text}")
         return found
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of text, with nothing around them.
-
-        Raises:
-            InvalidRequest: it is no Unicode text, since it has half of a surrogate pair.
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(
-                "text", text, f"character {error.start} is half of a surrogate pair"
-            ) from None
-        return self._fast.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids as users see it, without marks; bytes that are no text become U+FFFD."""
