@@ -4,7 +4,6 @@ import asyncio
 import gc
 import multiprocessing
 import threading
-import time
 import weakref
 
 import numpy as np
@@ -24,6 +23,7 @@ from mstar import (
     TextChunk,
 )
 from tests.every_modality import PNG, every  # noqa: F401
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -32,13 +32,6 @@ def engine(every):  # noqa: F811
         model = engine.model
         yield engine
     assert model.open_walks == 0
-
-
-def eventually(condition, seconds=5.0):
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it did not come true in time"
-        time.sleep(0.002)
 
 
 def test_all_modalities_come_back_in_one_result(engine):
@@ -93,7 +86,7 @@ def test_closing_a_stream_cancels_the_request(engine):
     events = engine.generate(text="a", stream=True, count=10_000, pause=0.001)
     next(events)
     events.close()
-    eventually(lambda: engine.stats()["requests"]["stopped"] == 1)
+    until(lambda: engine.stats()["requests"]["stopped"] == 1)
     assert engine.model.open_walks == 0
 
 
@@ -158,12 +151,12 @@ def test_a_full_queue_is_refused_and_recovers(every):  # noqa: F811
         handles = [engine.submit(text="a", hang=True) for _ in range(3)]
         with pytest.raises(EngineOverloaded, match=r"2 \+ 1"):
             engine.submit(text="a")
-        eventually(lambda: engine.stats()["requests"]["running"] == 2)
+        until(lambda: engine.stats()["requests"]["running"] == 2)
         assert engine.stats()["queue_depth"] == 1
         assert engine.stats()["requests"]["rejected"] == 1
         for handle in handles:
             handle.cancel()
-        eventually(lambda: engine.stats()["requests"]["stopped"] == 3)
+        until(lambda: engine.stats()["requests"]["stopped"] == 3)
         assert engine.generate(text="a").text
 
 
@@ -172,7 +165,7 @@ def test_a_live_request_id_cannot_be_used_twice(engine):
     with pytest.raises(InvalidRequest, match="live request"):
         engine.submit(text="a", request_id="mine")
     handle.cancel()
-    eventually(lambda: handle.done)
+    until(lambda: handle.done)
     assert engine.generate(text="a", request_id="mine").request_id == "mine"
 
 
@@ -181,7 +174,7 @@ def test_a_batch_is_all_or_nothing(engine):
     assert texts == ["a0 a1 a2 ", "b0 b1 b2 "]
     with pytest.raises(InvalidRequest):
         engine.generate_batch([{"text": "a", "hang": True}, {"text": "b", "cont": 1}])
-    eventually(lambda: engine.stats()["requests"]["running"] == 0)
+    until(lambda: engine.stats()["requests"]["running"] == 0)
 
 
 def test_requests_of_an_event_loop_run_together(engine):
@@ -205,7 +198,7 @@ def test_cancelling_the_awaiting_task_cancels_the_request(engine):
             await task
 
     asyncio.run(main())
-    eventually(lambda: engine.stats()["requests"]["stopped"] == 1)
+    until(lambda: engine.stats()["requests"]["stopped"] == 1)
 
 
 def test_leaving_an_async_stream_cancels_the_request(engine):
@@ -216,7 +209,7 @@ def test_leaving_an_async_stream_cancels_the_request(engine):
         await stream.aclose()
 
     asyncio.run(main())
-    eventually(lambda: engine.stats()["requests"]["stopped"] == 1)
+    until(lambda: engine.stats()["requests"]["stopped"] == 1)
 
 
 def test_errors_reach_an_event_loop(engine):
@@ -271,7 +264,7 @@ def test_a_dead_engine_says_so_to_all(every, monkeypatch):  # noqa: F811
         engine._service._runtime.post(explode)
         with pytest.raises(EngineClosed, match="the kernel broke"):
             handle.result(5)
-        eventually(lambda: not engine._service.thread.is_alive())
+        until(lambda: not engine._service.thread.is_alive())
         with pytest.raises(EngineClosed, match="died"):
             engine.health()
         with pytest.raises(EngineClosed, match="died"):
@@ -355,10 +348,10 @@ def test_a_long_timeout_is_harmless(engine):
 
 def test_a_stream_that_nobody_ever_looks_at_is_cancelled(engine):
     events = engine.generate(text="a", stream=True, hang=True)
-    eventually(lambda: engine.stats()["requests"]["running"] == 1)
+    until(lambda: engine.stats()["requests"]["running"] == 1)
     del events
     gc.collect()
-    eventually(lambda: engine.stats()["requests"]["stopped"] == 1)
+    until(lambda: engine.stats()["requests"]["stopped"] == 1)
 
 
 def test_an_engine_that_nobody_holds_ends_by_itself(every):  # noqa: F811
@@ -368,7 +361,7 @@ def test_an_engine_that_nobody_holds_ends_by_itself(every):  # noqa: F811
     gone = weakref.ref(engine.model)
     del engine
     gc.collect()
-    eventually(lambda: threading.active_count() == before)
+    until(lambda: threading.active_count() == before)
     gc.collect()
     assert gone() is None
 

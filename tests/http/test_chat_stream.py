@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.http.chatting import HELLO, ask, client, events_of, openai, post  # noqa: F401
+from tests.waiting import until
 
 
 def test_chunks_come_in_openais_order(client):  # noqa: F811
@@ -116,13 +117,6 @@ def test_a_failure_in_the_middle_is_told_in_the_stream(site, client):  # noqa: F
 def test_a_failure_before_the_first_piece_is_a_status(site):
     reply = post(site, stream=True, hang=True, timeout=0.05)
     assert reply.status_code == 504
-
-
-def until(condition) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("stream", [True, False])

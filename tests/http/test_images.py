@@ -25,6 +25,7 @@ from mstar.models.parameters import Parameter, Parameters
 from tests.every_modality import CARD, picture
 from tests.http.conftest import every_site, serving
 from tests.http.pictures import opened, spied, strict
+from tests.waiting import until
 
 openai = pytest.importorskip("openai")
 
@@ -172,7 +173,7 @@ def test_an_engine_that_draws_nothing_is_an_error(site):
 def test_a_late_failure_of_one_ends_all(site):
     reply = generate(site, n=3, hang=True, timeout=0.1)
     assert reply.status_code == 504
-    assert site.engine.stats()["requests"]["running"] == 0
+    until(lambda: site.engine.stats()["requests"]["running"] == 0)
 
 
 # -- streams --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from mstar.client import (
 from mstar.types import AudioBuffer
 from tests.every_modality import PNG, picture
 from tests.http.conftest import every_site
-from tests.http.test_native import until
+from tests.waiting import until
 
 pytest.importorskip("httpx")
 

@@ -15,6 +15,7 @@ import requests
 from mstar.types import AudioBuffer
 from tests.every_modality import PNG, picture
 from tests.http.conftest import Site, every_site
+from tests.waiting import until
 
 
 def stream(site: Site, **fields) -> list[dict]:
@@ -26,14 +27,6 @@ def stream(site: Site, **fields) -> list[dict]:
 
 def kwargs(**values) -> str:
     return json.dumps(values)
-
-
-def until(condition) -> None:
-    """Wait for something that another thread does soon."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_a_stream_is_lines_of_three_keys_and_ends_with_how_it_ended(site):

@@ -14,7 +14,7 @@ import pytest
 from mstar.client import MStarClient
 from tests.http.chatting import HELLO, ask, openai
 from tests.http.conftest import Site, every_site
-from tests.http.test_native import until
+from tests.waiting import until
 
 KEYS = {"message", "type", "param", "code"}
 PLAIN = {"model": "every", "messages": HELLO}

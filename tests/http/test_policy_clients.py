@@ -24,7 +24,7 @@ from tests.http.policies import (
     observation,
     served,
 )
-from tests.http.test_native import until
+from tests.waiting import until
 
 
 def figure(site, name: str) -> float:

@@ -24,6 +24,7 @@ from mstar.http.settings import Settings
 from tests.broken_media import png as huge_png
 from tests.http.conftest import every_site
 from tests.http.internet import IMAGE, PRIVATE, PUBLIC, Internet, answer, to
+from tests.waiting import until
 
 
 @pytest.fixture
@@ -209,10 +210,7 @@ def test_what_is_slow_is_given_up(internet, answered):
     began = time.monotonic()
     assert "did not come in time" in refused(internet.url("/slow"), body_timeout=0.3)
     assert time.monotonic() - began < 1.5
-    deadline = time.monotonic() + 2
-    while any("fetch" in thread.name for thread in busy_threads()):
-        assert time.monotonic() < deadline, "the thread still waits"
-        time.sleep(0.01)
+    until(lambda: not any("fetch" in thread.name for thread in busy_threads()))
 
 
 def busy_threads() -> list[threading.Thread]:

@@ -19,6 +19,7 @@ from mstar import Engine
 from mstar.http import create_app
 from mstar.http.server import Listening, bind, config_of
 from tests.every_modality import every  # noqa: F401
+from tests.waiting import until
 
 FORM = b"Content-Type: application/x-www-form-urlencoded\r\n"
 POST = b"POST /generate HTTP/1.1\r\nHost: a\r\n" + FORM
@@ -79,13 +80,6 @@ def door(engine, *, body_timeout: float = 0.4, keep_alive: int = 1, **listening)
             server.should_exit = True
             thread.join(10)
     assert ended
-
-
-def until(true, seconds: float = 3.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def rest(connection: socket.socket) -> bytes:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.http.test_native import until
+from tests.waiting import until
 
 SCRIPT = Path(__file__).with_name("litellm_client.py")
 PACKAGE = "litellm>=1.106,<2"

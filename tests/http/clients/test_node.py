@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.http.test_native import until
+from tests.waiting import until
 
 SCRIPT = Path(__file__).with_name("node_clients.mjs")
 PACKAGES = {

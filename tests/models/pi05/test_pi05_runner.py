@@ -14,6 +14,7 @@ import pytest
 from mstar import DeadlineExceeded, InvalidRequest, PolicyRunner
 from mstar.models.pi05.action_queue import lengthened
 from mstar.models.pi05.pending import Chunk
+from tests.waiting import until
 
 ROWS = 10
 
@@ -73,14 +74,6 @@ def run(fake):
         fake.ends.put(0.0)
         runner.policy.ends.put(0.0)
         runner.close()
-
-
-def until(condition):
-    """Wait for another thread."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.0005)
 
 
 def feed(runner, obs, seconds=0.0):

@@ -12,20 +12,13 @@ import numpy as np
 import pytest
 
 from mstar import Engine, EngineClosed, InvalidRequest, PolicyRunner
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
 def engine():
     with Engine("pi05-tiny") as engine:
         yield engine
-
-
-def until(condition):
-    """Wait for another thread."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it never came to that"
-        time.sleep(0.0005)
 
 
 def test_an_engine_that_dies_is_noticed():
