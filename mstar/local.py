@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gc
 import time
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from mstar.client import GenerateMethods
 from mstar.engine.handle import Handle
+from mstar.engine.listening import merged
 from mstar.engine.request import Request
 from mstar.engine.service import Service
 from mstar.engine.stats import node_stats
@@ -24,7 +25,7 @@ from mstar.engine.threads import threads_for
 from mstar.engine.weights import weight_bytes
 from mstar.errors import EngineOverloaded, InvalidRequest
 from mstar.models import registry
-from mstar.models.base import Model
+from mstar.models.base import Model, Run
 from mstar.models.inputs import gather_inputs, output_modalities_for
 from mstar.models.loading import device_for, load_model
 from mstar.types import Event, GenerateResult
@@ -120,7 +121,7 @@ class Engine(GenerateMethods):
         )
         threads = cpu_threads or threads_for(sum(map(weight_bytes, self.model.networks)))
         self._service = Service(
-            self.model.walk,
+            partial(_walk, self.model),
             self.model.nodes,
             device=self.device,
             cpu_threads=threads,
@@ -200,14 +201,18 @@ class Engine(GenerateMethods):
     async def agenerate(self, **kwargs: Any) -> GenerateResult:
         """`generate` for an event loop; cancelling the awaiting task cancels the request."""
         handle = self.submit(stream=False, **kwargs)
-        async for _ in _async_events(handle):
-            pass
+        with _cancelling(handle):
+            async for _ in merged([handle]):
+                pass
         return handle.result()
 
     async def astream(self, **kwargs: Any) -> AsyncIterator[Event]:
         """`generate(stream=True)` for an event loop."""
-        async for event in _async_events(self.submit(stream=True, **kwargs)):
-            yield event
+        handle = self.submit(stream=True, **kwargs)
+        with _cancelling(handle):
+            async for _, events in merged([handle]):
+                for event in events:
+                    yield event
 
     def generate_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[GenerateResult]:
         """Run several requests together; results in the same order.
@@ -251,6 +256,49 @@ class Engine(GenerateMethods):
         if "action" not in self.card.outputs:
             raise InvalidRequest("robot", robot, f"{self.card.name} makes no actions")
         return self.model.policy_of(self, robot, rename)
+
+    # -- world models ----------------------------------------------------------------------------
+
+    def encode(self, frames: Any, **options: Any) -> Any:
+        """Latents of a video or an image, kept on the device for `predict`, `rollout` and `plan`;
+        see the `world.py` of the model's family for all four."""
+        return self._world("encode").encode(frames, **options)
+
+    def predict(self, context: Any, *args: Any, **options: Any) -> Any:
+        """Latents that the model predicts in one pass."""
+        return self._world("predict").predict(context, *args, **options)
+
+    def rollout(self, context: Any, actions: Any, state: Any, **options: Any) -> Any:
+        """Latents after each of some actions."""
+        return self._world("rollout").rollout(context, actions, state, **options)
+
+    def plan(self, context: Any, goal: Any, state: Any, **options: Any) -> Any:
+        """Actions that lead from what the context shows to the goal."""
+        return self._world("plan").plan(context, goal, state, **options)
+
+    def run(
+        self, walk: Callable[[Request], Awaitable[Any]], *, timeout: float | None = None
+    ) -> Any:
+        """Run a coroutine function of the request among the model's walks; its value.
+
+        Raises:
+            MStarError: as `generate`.
+        """
+        job = Run(walk)
+        self._service.check_open()
+        request = self._request(job, {}, (), False, timeout)
+        self._service.submit(request)
+        with _cancelling(request.sink):
+            request.sink.result()
+        return job.value
+
+    def _world(self, method: str) -> Any:
+        self._service.check_open()
+        if method not in self.card.methods:
+            having = [card.name for card in registry.cards() if method in card.methods]
+            allowed = f"{self.card.name} has no {method}(); {', '.join(having)} have"
+            raise InvalidRequest("method", method, allowed)
+        return self.model.world_of(self)
 
     # -- the engine ------------------------------------------------------------------------------
 
@@ -340,6 +388,17 @@ class Engine(GenerateMethods):
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise InvalidRequest("request_id", request_id, "must be a string that is not empty")
         prepared = self.model.prepare(inputs, params, outputs)
+        return self._request(prepared, params, outputs, stream, timeout, request_id)
+
+    def _request(
+        self,
+        prepared: Any,
+        params: dict[str, Any],
+        outputs: tuple[str, ...],
+        stream: bool,
+        timeout: float | None,
+        request_id: str | None = None,
+    ) -> Request:
         handle = Handle(request_id or f"req-{uuid.uuid4().hex}")
         request = Request(
             handle.request_id,
@@ -377,6 +436,13 @@ class EventStream(Iterator[Event]):
             self._handle.cancel()
 
 
+async def _walk(model: Model, request: Request) -> str | None:
+    if isinstance(request.inputs, Run):
+        request.inputs.value = await request.inputs.walk(request)
+        return None
+    return await model.walk(request)
+
+
 def _seconds(timeout: float | None) -> float | None:
     if timeout is None:
         return None
@@ -406,29 +472,3 @@ def _cancelling(handle: Handle, *but: type[BaseException]) -> Iterator[None]:
     except BaseException:
         handle.cancel()
         raise
-
-
-async def _async_events(handle: Handle) -> AsyncIterator[Event]:
-    loop = asyncio.get_running_loop()
-    changed = asyncio.Event()
-
-    def tell() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed
-            loop.call_soon_threadsafe(changed.set)
-
-    handle.listen(tell)
-    index = 0
-    try:
-        while True:
-            changed.clear()
-            events, done = handle.taken(index)
-            for event in events:
-                yield event
-            index += len(events)
-            if done:
-                break
-            await changed.wait()
-    except BaseException:
-        handle.cancel()
-        raise
-    handle.raise_for_error()

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import Request
 
+from mstar.engine import listening
 from mstar.errors import EngineClosed
 from mstar.http.errors import Refused
 from mstar.http.front import Front
@@ -84,36 +85,9 @@ async def merged(runs: Sequence[Running]) -> AsyncIterator[tuple[int, list[Event
     Raises:
         MStarError: what ended any of them early.
     """
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future | None = None
-    told = False
-
-    def tell() -> None:  # on the engine's thread
-        nonlocal told
-        if not told:
-            told = True
-            with contextlib.suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(wake)
-
-    def wake() -> None:
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    for run in runs:
-        run.handle.listen(tell)
-    live = dict(enumerate(runs))
-    while live:
-        waiter, told, idle = loop.create_future(), False, True
-        for index, run in list(live.items()):
-            events, done = run.take()
-            if events:
-                idle = False
-                yield index, events
-            if done:
-                run.handle.raise_for_error()
-                del live[index]
-        if idle and live:
-            await waiter
+    async for index, events in listening.merged([run.handle for run in runs]):
+        runs[index].look_at(events)
+        yield index, events
 
 
 class Running:
@@ -124,18 +98,9 @@ class Running:
         self.request_id: str = handle.request_id  # the one inside the engine
         self._front = front
         self._began = began
-        self._taken = 0
         self._first: float | None = None
         self._first_audio: float | None = None
         self._last: Event | None = None
-
-    def take(self) -> tuple[list[Event], bool]:
-        """The events since the last call, and whether there will be no more."""
-        events, done = self.handle.taken(self._taken)
-        if events:
-            self._look_at(events)
-            self._taken += len(events)
-        return events, done
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """The events as they come; those that are there at once come together.
@@ -152,7 +117,8 @@ class Running:
             for event in batch:
                 yield event
 
-    def _look_at(self, events: list[Event]) -> None:
+    def look_at(self, events: list[Event]) -> None:
+        """Note when what came."""
         now = time.monotonic() - self._began
         self._last = events[-1]
         for event in events:
