@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,19 @@ from torch import nn
 from mstar.engine.node import Node
 from mstar.engine.request import Request
 
-__all__ = ["Inputs", "Model", "Setup"]
+__all__ = ["Inputs", "Model", "Run", "Setup"]
+
+
+class Run:
+    """A walk of its own kind, for `Engine.run`: its value goes to whoever waits for it.
+
+    Args:
+        walk: takes the request, returns the value.
+    """
+
+    def __init__(self, walk: Callable[[Request], Awaitable[Any]]) -> None:
+        self.walk = walk
+        self.value: Any = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,10 @@ class Model:
 
     def policy_of(self, engine: Any, robot: Any, rename: Mapping[str, str] | None) -> Any:
         """What `Engine.policy` returns, of a model that makes actions."""
+        raise NotImplementedError
+
+    def world_of(self, engine: Any) -> Any:
+        """What has the `methods` of the model's card, for `Engine.encode` and its like."""
         raise NotImplementedError
 
     def warmup(self) -> None:

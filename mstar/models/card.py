@@ -35,6 +35,7 @@ class ModelCard:
         chat: whether it takes `messages`.
         recognises: whether a first part's `config.json` belongs to this family.
         default_output: what it makes when nobody says; the first of `outputs` if left out.
+        methods: of `encode`, `predict`, `rollout` and `plan` of the Engine, those that it has.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelCard:
     chat: bool = False
     recognises: Callable[[dict[str, Any]], bool] = _never
     default_output: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.default_output:
