@@ -1,11 +1,15 @@
 """Shared by all tests. Without a CUDA device Triton kernels run in Triton's interpreter.
 
-The switch is read when Triton is first imported, so it is set here, before any test file.
+Tiny networks run on one thread, unless OMP_NUM_THREADS says otherwise: on a busy machine, threads
+that wait for each other take most of the time. Both switches are read when a library is first
+imported, so they are set here, before any test file.
 """
 
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

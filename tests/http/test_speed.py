@@ -16,7 +16,7 @@ from mstar.http.tempo import Tempo, check_speed
 
 av = pytest.importorskip("av")
 RATE = 24000
-SHORT = {"max_tokens": 350, "ignore_eos": True, "seed": 3}
+SHORT = {"max_tokens": 140, "ignore_eos": True, "seed": 3}
 SPEECH = {"model": "orpheus-tiny", "input": "hello there", "voice": "tara", **SHORT}
 SPEEDS = [0.25, 0.3, 0.5, 0.8, 1.1, 1.5, 2, 2.5, 4]
 
