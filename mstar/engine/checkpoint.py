@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mstar.errors import ModelNotFound, WeightsError
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "state_dicts"]
 
 _PICKLES = (".bin", ".pt", ".pth")
 
@@ -46,7 +46,7 @@ class Checkpoint:
 
         Args:
             key: for `.bin`, `.pt` and `.pth` files that hold a dict of state dicts, such as
-                `{"model": {...}, "epoch": 3}`: the one to take.
+                `{"model": {...}, "epoch": 3}`: the one to take (see `state_dicts`).
 
         Raises:
             ModelNotFound: there is no such path.
@@ -176,16 +176,12 @@ _DTYPES = {
 class _Pickle:
     def __init__(self, path: Path, key: str | None) -> None:
         self.path = path
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-        if not isinstance(content, dict):
-            raise WeightsError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-        groups = [name for name, value in content.items() if isinstance(value, dict)]
+        content = _unpickled(path)
+        groups = _groups(content)
         if key is not None:
             if key not in groups:
-                raise WeightsError(f"{path} has no state dict {key!r}; it has {groups}")
-            content = content[key]
+                raise WeightsError(f"{path} has no state dict {key!r}; it has {list(groups)}")
+            content = groups[key]
         self._tensors = {n: value for n, value in content.items() if isinstance(value, Tensor)}
         if not self._tensors:
             hint = f"; choose one of its state dicts: key={' or '.join(map(repr, groups))}"
@@ -199,6 +195,35 @@ class _Pickle:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].clone()  # not a view of the memory map
+
+
+def state_dicts(path: Path) -> list[str]:
+    """The keys by which `Checkpoint.open` takes state dicts out of a `.bin`, `.pt` or `.pth` file:
+    names in its dict, `name[0]` and so on for lists.
+
+    Raises:
+        WeightsError: it cannot be read, or holds no dict.
+    """
+    with _faults(path):
+        return list(_groups(_unpickled(path)))
+
+
+def _unpickled(path: Path) -> dict:
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def _groups(content: dict) -> dict[str, dict]:
+    """The dicts inside a dict, and those in its lists."""
+    found = {}
+    for name, value in content.items():
+        if isinstance(value, (list, tuple)):
+            found |= {f"{name}[{i}]": item for i, item in enumerate(value)}
+        else:
+            found[name] = value
+    return {name: value for name, value in found.items() if isinstance(value, dict)}
 
 
 @contextmanager

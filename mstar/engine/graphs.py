@@ -7,11 +7,11 @@ that store nothing (slot -1) and look at one token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mstar.engine.captured import Captured, Record, record
 from mstar.engine.kernels.paged_batch import BatchTensors
 from mstar.engine.kernels.staging import block_table, pack
 from mstar.engine.kvcache import KVPool
@@ -21,39 +21,6 @@ __all__ = ["DecodeGraphs", "record"]
 
 Outputs = tuple[Tensor, Tensor]
 Forward = Callable[[Tensor, Tensor, PagedContext], Outputs]
-Record = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
-
-
-@dataclass
-class _Captured:
-    replay: Callable[[], None]
-    ids: Tensor
-    numbers: Tensor  # [3, size]: positions, slots, lengths
-    block_table: Tensor  # [size, max_pages]
-    outputs: Outputs
-
-
-def record() -> Record:
-    """What captures steps as CUDA graphs that share their memory.
-
-    It takes a step and returns how to run it again, and the tensors it writes its outputs to.
-    """
-    memory = torch.cuda.graph_pool_handle()
-
-    def capture(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread is bound by what may happen during a capture: others go on working.
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            outputs = step()
-        return graph.replay, outputs
-
-    return capture
 
 
 class DecodeGraphs:
@@ -78,14 +45,13 @@ class DecodeGraphs:
         self.pool = pool
         self.buckets = sorted(buckets)
         self.max_pages = min(pool.pages_for(max_tokens), pool.table.count)
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[int, Captured] = {}
         self._record = record
 
     def capture(self) -> None:
         """Capture every bucket, the largest first so that the others reuse its memory."""
         for size in reversed(self.buckets):
-            if size not in self._captured:
-                self._captured[size] = self._capture(size)
+            self._at(size)
 
     def fits(self, count: int, tables: Sequence[Sequence[int]]) -> bool:
         """Whether a decode batch can be replayed."""
@@ -107,9 +73,8 @@ class DecodeGraphs:
         """
         count = len(kv_lens)
         size = next(b for b in self.buckets if b >= count)
-        step = self._captured.get(size)
-        if step is None:
-            step = self._captured[size] = self._capture(size)
+        step = self._at(size)
+        own_ids, own_numbers, own_pages = step.inputs
         page, pad = self.pool.page_size, [0] * (size - count)
         slots = [
             table[(length - 1) // page] * page + (length - 1) % page
@@ -117,15 +82,20 @@ class DecodeGraphs:
         ]
         numbers = [*positions, *pad, *slots, *(-1 for _ in pad), *kv_lens, *(1 for _ in pad)]
         table = block_table(tables)
-        numbers, pages = pack((numbers, table.ravel()), torch.int32, step.ids.device)
-        step.ids[:count].copy_(ids)
-        step.numbers.copy_(numbers.view(3, size))
-        step.block_table[:count, : table.shape[1]].copy_(pages.view(table.shape))
+        numbers, pages = pack((numbers, table.ravel()), torch.int32, own_ids.device)
+        own_ids[:count].copy_(ids)
+        own_numbers.copy_(numbers.view(3, size))
+        own_pages[:count, : table.shape[1]].copy_(pages.view(table.shape))
         step.replay()
         hidden, logits = step.outputs
         return hidden[:count], logits[:count]
 
-    def _capture(self, size: int) -> _Captured:
+    def _at(self, size: int) -> Captured:
+        if size not in self._captured:
+            self._captured[size] = self._capture(size)
+        return self._captured[size]
+
+    def _capture(self, size: int) -> Captured:
         device = self.pool.tensor.device
         ids = torch.zeros(size, dtype=torch.int64, device=device)
         # An even width: every row begins at a multiple of 16 bytes, as tensors of their own do.
@@ -136,7 +106,7 @@ class DecodeGraphs:
         query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
         causal = torch.ones(size, dtype=torch.int32, device=device)
 
-        def step() -> Outputs:
+        def step(ids: Tensor, numbers: Tensor, pages: Tensor) -> Outputs:
             positions, slots, lengths = numbers
             batch = BatchTensors(
                 query_start=query_start,
@@ -148,5 +118,4 @@ class DecodeGraphs:
             )
             return self.forward(ids, positions, PagedContext(self.pool, batch, slots))
 
-        replay, outputs = self._record(step)
-        return _Captured(replay, ids, numbers, pages, outputs)
+        return Captured(self._record, step, (ids, numbers, pages))

@@ -227,7 +227,7 @@ class KVCache:
 
     `length` counts the tokens that are in the cache. `cached_tokens` of them were found in the
     prefix cache when the sequence began. `offset` is what the rotary position of the next token is
-    beyond `length`: walks set it where media take fewer positions than tokens.
+    beyond `length`: walks set it where media take fewer positions than tokens; fractions are fine.
     """
 
     def __init__(self, group: KVGroup) -> None:
@@ -236,7 +236,7 @@ class KVCache:
         self.pages: list[int] = []
         self.length = 0
         self.cached_tokens = 0
-        self.offset = 0
+        self.offset: float = 0
         self.closed = False
         self._content: list[int] = []  # of the first tokens, as far as it is known without a gap
         self._digests: list[bytes] = []  # of the first pages
@@ -286,7 +286,12 @@ class KVCache:
         del self._content[length:]
         del self._digests[length // self.pool.page_size :]
 
-    def reuse(self, content: Sequence[int], whole: Sequence[tuple[int, int]] = ()) -> int:
+    def reuse(
+        self,
+        content: Sequence[int],
+        whole: Sequence[tuple[int, int]] = (),
+        most: int | None = None,
+    ) -> int:
         """Begin an empty sequence with pages that others left, if they hold the same content.
 
         Args:
@@ -294,6 +299,7 @@ class KVCache:
                 sound a hash of the media's bytes and the token's place in it.
             whole: first and last + 1 of tokens that see each other, so that they can only be reused
                 together. Others left their end by `seal`.
+            most: reuse no more than so many tokens.
 
         Returns:
             How many tokens need not be computed, at most `len(content) - 1`: whole pages, or up to
@@ -305,7 +311,8 @@ class KVCache:
         self.truncate(0)  # of pages that were reserved in vain
         size = self.pool.page_size
         digest = b""
-        for start in range(0, len(content) - size, size):
+        last = len(content) - 1 if most is None else min(most, len(content) - 1)
+        for start in range(0, last - size + 1, size):
             digest = _extend_digest(digest, content[start : start + size])
             page = self.pool.table.find(digest)
             if page is None:
@@ -315,7 +322,7 @@ class KVCache:
             self._digests.append(digest)
         self.length = len(self.pages) * size
         for _, end in reversed(whole):
-            if self.length < end < min(self.length + size, len(content)):
+            if self.length < end < min(self.length + size, last + 1):
                 self._adopt(content, end)
                 if self.length == end:
                     break

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mstar.engine.spans import Span, Step
@@ -27,12 +28,17 @@ class Piece(NamedTuple):
         return span.inputs if whole else span.inputs[self.first : self.first + self.count]
 
     @property
-    def positions(self) -> Sequence[int]:
-        """Rotary positions of these tokens."""
+    def positions(self) -> Sequence[int] | Tensor:
+        """Rotary positions of these tokens: integers, or float32 `[tokens]` or `[3, tokens]`."""
         span, last = self.span, self.first + self.count
+        if isinstance(span.positions, Tensor):
+            return span.positions[..., self.first : last]
         if span.positions is not None:
             return span.positions[self.first : last]
         begin = span.kv.length + span.kv.offset
+        if isinstance(begin, float):
+            places = range(self.first, last)
+            return torch.tensor([begin + place for place in places], dtype=torch.float32)
         return range(begin + self.first, begin + last)
 
 
@@ -60,6 +66,20 @@ class Layout:
             self._rows.setdefault(span, (start, start + count))
             start += count
             self._last[span] = start - 1
+
+    @property
+    def positions(self) -> list[int] | Tensor:
+        """Of all tokens: integers, or float32 `[tokens]` or `[3, tokens]` where a piece has such.
+
+        What has one position counts on all three axes alike.
+        """
+        parts = [piece.positions for piece in self.pieces]
+        if not any(isinstance(part, Tensor) for part in parts):
+            return [place for part in parts for place in part]
+        rows = [torch.as_tensor(part, dtype=torch.float32) for part in parts]
+        if any(part.dim() == 2 for part in rows):
+            rows = [part.expand(3, -1) for part in rows]
+        return torch.cat(rows, -1)
 
     @property
     def ends(self) -> list[int] | None:

@@ -6,7 +6,7 @@ any number of sequences. `feed` and `generate` are coroutines above that; a walk
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -31,6 +31,8 @@ from mstar.types import Usage
 
 __all__ = ["DecoderNetwork", "Generation", "LanguageModel", "Span", "Step"]
 
+Feed = Callable[[SamplerState], Awaitable[Step]]
+
 
 class DecoderNetwork(Protocol):
     """What a network must offer to be run as a `LanguageModel`."""
@@ -46,7 +48,8 @@ class DecoderNetwork(Protocol):
     ) -> Tensor:
         """Normed hidden states `[tokens, hidden]` of ids `[tokens]` or embeddings.
 
-        A network of two experts runs the first `lead` tokens through the second one.
+        Positions are int64 `[tokens]`; a network whose spans say so gets float32, `[tokens]` or
+        `[3, tokens]`. One of two experts runs the first `lead` tokens through the second one.
         """
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -131,9 +134,20 @@ class LanguageModel(Node):
         params: SamplingParams,
         *,
         usage: Usage | None = None,
+        feed: Feed | None = None,
     ) -> Generation:
-        """Prefill `prompt` and decode. Iterate for tokens; stop tokens are not among them."""
-        return Generation(self, kv, prompt, params, usage)
+        """Prefill `prompt` and decode. Iterate for tokens; stop tokens are not among them.
+
+        Args:
+            feed: prefills instead, where the prompt is more than ids; it returns a step that used
+                the sampler that it is given.
+        """
+        if feed is None:
+
+            def feed(sampler: SamplerState) -> Awaitable[Step]:
+                return self.feed(kv, prompt, sampler=sampler, usage=usage)
+
+        return Generation(self, kv, prompt, params, usage, feed)
 
     # -- the node ----------------------------------------------------------------------------
 
@@ -272,12 +286,10 @@ class LanguageModel(Node):
         sampled: list[Span],
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states of all tokens, and logits of the last token of each span in `sampled`."""
-        pieces = layout.pieces
-        positions: list[int] = []
-        for piece in pieces:
-            positions += piece.positions
+        pieces, positions = layout.pieces, layout.positions
+        counted = not isinstance(positions, Tensor)
         inputs = self._inputs(pieces)
-        if self._is_captured(pieces, sampled):
+        if counted and self._is_captured(pieces, sampled):
             hidden, logits = self.graphs.run(inputs, positions, kv_lens, tables)
             return (hidden.clone() if any(p.span.hidden for p in pieces) else hidden), logits
         batch = PagedBatch(
@@ -288,8 +300,12 @@ class LanguageModel(Node):
             self.pool.page_size,
             layout.ends,
         )
-        numbers = positions, batch.slot_list, [layout.last(span) for span in sampled]
+        last = [layout.last(span) for span in sampled]
+        numbers = positions if counted else (), batch.slot_list, last
         where, slots, wanted = pack(numbers, torch.int64, self.device)
+        if not counted:
+            flat = to_device(positions.flatten().numpy(), torch.float32, self.device)
+            where = flat.view(positions.shape)
         context = PagedContext(self.pool, batch, slots)
         experts = (layout.lead,) if layout.lead else ()
         hidden = self.network(inputs, where, context, *experts)
@@ -355,6 +371,7 @@ class Generation:
         prompt: Sequence[int],
         params: SamplingParams,
         usage: Usage | None,
+        feed: Feed,
     ) -> None:
         self.finish_reason: str | None = None
         self.scores: list[TokenScores] = []
@@ -363,6 +380,7 @@ class Generation:
         self._prompt = prompt
         self._params = params
         self._usage = usage if usage is not None else Usage()
+        self._feed = feed
 
     def __aiter__(self) -> AsyncIterator[int]:
         return self._tokens()
@@ -371,7 +389,7 @@ class Generation:
         lm, kv, params, usage = self._lm, self._kv, self._params, self._usage
         sampler = lm.sampler.open(params, self._prompt)
         try:
-            step = await lm.feed(kv, self._prompt, sampler=sampler, usage=usage)
+            step = await self._feed(sampler)
             for count in range(1, params.max_tokens + 1):
                 more = count < params.max_tokens
                 ahead = None

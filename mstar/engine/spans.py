@@ -26,8 +26,8 @@ class Span:
         kv: the sequence.
         inputs: token ids, embeddings `[count, hidden]`, or the step whose token is the input.
         count: number of tokens.
-        positions: rotary positions; those after the cached tokens, shifted by `kv.offset`, if left
-            out.
+        positions: rotary positions, or a float32 tensor `[3, count]` of three axes; those after the
+            cached tokens, shifted by `kv.offset`, if left out.
         causal: whether tokens of the span see only those before them.
         keep: whether the span's keys and values stay in the cache.
         sampler: choose a token after the span's last one.
@@ -40,7 +40,7 @@ class Span:
     kv: KVCache
     inputs: Sequence[int] | Tensor | Step
     count: int
-    positions: Sequence[int] | None = None
+    positions: Sequence[int] | Tensor | None = None
     causal: bool = True
     keep: bool = True
     sampler: SamplerState | None = None
@@ -67,10 +67,14 @@ class Span:
             raise ValueError(f"a span of {self.count} tokens needs as many inputs and got {count}")
         if self.lead and (self.causal or not 0 < self.lead <= count):
             raise ValueError(f"lead={self.lead}: the span has {count} tokens, causal={self.causal}")
-        if self.positions is not None and len(self.positions) != count:
-            raise ValueError(f"{len(self.positions)} positions for a span of {count} tokens")
+        if self.positions is not None and _length(self.positions) != count:
+            raise ValueError(f"{_length(self.positions)} positions for a span of {count} tokens")
         if self.content is not None and len(array("q", self.content)) != count:
             raise ValueError(f"content of {len(self.content)} for a span of {count} tokens")
+
+
+def _length(positions: Sequence[int] | Tensor) -> int:
+    return positions.shape[-1] if isinstance(positions, Tensor) else len(positions)
 
 
 class Tokens:

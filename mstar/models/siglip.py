@@ -12,6 +12,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mstar.engine.kernels.layer_norm import layer_norm
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.packed import packed_attention
 from mstar.engine.weights import Source
@@ -73,9 +74,14 @@ class _Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(sizes.hidden_size, sizes.layer_norm_eps)
         self.mlp = _MLP(sizes)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x), lengths)
-        return x + self.mlp(self.layer_norm2(x))
+    def forward(
+        self, x: Tensor, added: Tensor | None, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """What leaves is the residual stream and what is still to be added to it; what comes too,
+        so that a norm takes the addition along."""
+        h, x = _norm(self.layer_norm1, x, added)
+        h, x = _norm(self.layer_norm2, self.self_attn(h, lengths), x)
+        return x, self.mlp(h)
 
 
 class _Encoder(nn.Module):
@@ -110,9 +116,17 @@ class Siglip(nn.Module):
         """
         weight = self.embeddings.patch_embedding.weight
         x = _apply(self.embeddings.patch_embedding, patches.to(weight.dtype)) + places
+        added = None
         for layer in self.encoder.layers:
-            x = layer(x, lengths)
-        return self.post_layernorm(x)
+            x, added = layer(x, added, lengths)
+        return _norm(self.post_layernorm, x, added)[0]
+
+
+def _norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of a residual stream with what is added to it, and the stream."""
+    if added is None:
+        return layer_norm(x, layer.weight, layer.bias, layer.eps), x
+    return layer_norm(x, layer.weight, layer.bias, layer.eps, added)
 
 
 def _apply(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from mstar.engine.graphs import DecodeGraphs
 from mstar.engine.kernels.paged_batch import PagedBatch
 from mstar.engine.paged_context import PagedContext
 from mstar.engine.spans import Step, Tokens, gather_ids
+from tests.recording import replays
 
 pytestmark = pytest.mark.usefixtures("inference")
 BUCKETS = [1, 2, 4, 8]
@@ -24,17 +25,6 @@ BUCKETS = [1, 2, 4, 8]
 def inference():
     with torch.inference_mode():
         yield
-
-
-def record(step):
-    """Runs the step again for each replay, into the same outputs."""
-    outputs = step()
-
-    def replay():
-        for target, value in zip(outputs, step(), strict=True):
-            target.copy_(value)
-
-    return replay, outputs
 
 
 class Decode:
@@ -70,7 +60,7 @@ class Decode:
 def captured(**options):
     lm, runtime = language_model(**options)
     step = Decode(lm)
-    lm.graphs = DecodeGraphs(step, lm.pool, BUCKETS, lm.pool.capacity, record)
+    lm.graphs = DecodeGraphs(step, lm.pool, BUCKETS, lm.pool.capacity, replays)
     lm.graphs.capture()
     return lm, runtime, step
 
@@ -97,7 +87,7 @@ def test_what_does_not_fit_is_not_captured():
     lm, _, _ = captured()
     assert lm.graphs.fits(8, [[0]] * 8)
     assert not lm.graphs.fits(9, [[0]] * 9)
-    narrow = DecodeGraphs(lm.graphs.forward, lm.pool, BUCKETS, 8, record)
+    narrow = DecodeGraphs(lm.graphs.forward, lm.pool, BUCKETS, 8, replays)
     assert narrow.fits(1, [[0, 1]])
     assert not narrow.fits(1, [[0, 1, 2]])
 

@@ -4,6 +4,8 @@ On a CPU in float32, oneDNN's inner product is 2 to 3 times as fast as the BLAS 
 with once the weight is large (measured on an AMD EPYC: 5632 x 1024, 1 row 0.43 against 0.98 ms,
 8 rows 0.67 against 1.60 ms); small ones are not worth its overhead of 10 us a call.
 
+On a GPU, a few rows go through a kernel of ours where that was measured to be faster.
+
 The last bits of a row may depend on how many rows there are: no library here promises otherwise.
 """
 
@@ -12,6 +14,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mstar.engine.kernels.matvec import MOST_ROWS, matvec_choice, matvec_triton
 
 __all__ = ["linear"]
 
@@ -32,4 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and weight.numel() >= _LARGE
     ):
         return _onednn(x, weight, bias, "none", [], "")
+    if x.is_cuda and x.numel() <= MOST_ROWS * weight.shape[1]:
+        choice = matvec_choice(x, weight)
+        if choice is not None:
+            return matvec_triton(x, weight, bias, choice)
     return F.linear(x, weight, bias)

@@ -1,13 +1,16 @@
 """Compiles every Triton kernel for real GPUs, with none present. Prints one JSON line per result.
 
-Run as ``python aot_compile.py 80 90 120`` (compute capabilities), outside Triton's interpreter.
-A line: {"kernel", "variant", "arch", "shared" (bytes per program) or "error"}.
+Run as ``python aot_compile.py 90 80 120`` (compute capabilities), outside Triton's interpreter.
+A line: {"kernel", "variant", "arch", "shared" (bytes per program) or "error"}. The first capability
+gets every variant; to save time the others get the first one of each kernel.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from multiprocessing import Pool
 from typing import Any
 
 import triton
@@ -16,12 +19,20 @@ from triton.compiler import ASTSource
 
 from mstar.engine.kernels import (
     ada_norm,
+    expert_blocks,
     gated,
+    grouped_experts,
     guided_euler,
+    l1_cost,
+    layer_norm,
+    matvec,
     paged_decode,
     paged_extend,
+    pair_rotary,
+    pixels,
     rms_norm,
     rotary_store,
+    snake,
 )
 
 _ATTENTION = {
@@ -59,7 +70,7 @@ def _decode(dtype: str, dim: int, block_n: int, splits: int) -> dict[str, Any]:
 def _plain(dtype: str, **more: Any) -> dict[str, Any]:
     """Arguments of the kernels that move rows: every tensor has the dtype unless named here."""
     names = ["x", "residual", "weight", "out", "total", "gate_up", "qkv", "k_pages", "v_pages"]
-    names += ["query_norm", "key_norm", "added"]
+    names += ["query_norm", "key_norm", "added", "bias", "alpha", "inverse"]
     named = {"cos": "*fp32", "sin": "*fp32", "slots": "*i64", "eps": "fp32"}
     return {**dict.fromkeys(names, f"*{dtype}"), **named, "num_warps": 4, **more}
 
@@ -71,7 +82,31 @@ _GUIDED = {
     **dict.fromkeys(("x", "velocities", "table", "out"), "*fp32"),
     **{"places": "*i32", "TINY": 1e-8, "DIM": 64, "BLOCK": 64, "ROWS": 64, "num_warps": 8},
 }
+_L1 = {"WIDTH": 1408, "BLOCK": 2048, "ROWS": 4, "TOKENS": 32, "NORMED": True, "num_warps": 8}
+_BLOCKS = {
+    **{"experts": "*i64", "rows": "*i32", "owner": "*i32"},
+    **{"COUNT": 128, "SIZE": 16, "BINS": 256, "CHUNK": 1024, "num_warps": 4},
+}
+_PAIRS = {"own": "*fp32", "other": "*fp32", "DIM": 64, "BLOCK_D": 64, "BLOCK_H": 32}
+_MATVEC = {"ROWS": 1, "BLOCK_M": 1, "BY_LANE": True, "BIASED": True, **matvec._LANES[0]}
+_ROWS = {"ROWS": 8, "BLOCK_M": 16, "BY_LANE": False, "BIASED": False, **matvec._UNITS[0]}
+_DEPTHWISE = {"TAPS": 7, "STEPS": 16, "CHANNELS": 64}
+_MEANS = dict.fromkeys(
+    (f"{c}_{of}" for c in ("red", "green", "blue") for of in ("mean", "std")), "fp32"
+)
 _COMBINE = {"HEADS": 24, "DIM": 128, "SPLITS": 16, "BLOCK_S": 16, "BLOCK_D": 128, "num_warps": 4}
+
+
+def _grouped(dtype: str, size: int, choice: dict[str, int], **more: Any) -> dict[str, Any]:
+    """Qwen3-Omni's experts: 768 inside 2048."""
+    names = ("x", "gate_up", "down", "out")
+    tensors = dict.fromkeys(names, f"*{dtype}") | {"rows": "*i32", "owner": "*i32"}
+    sizes = {"TOP_K": 8, "K": 2048, "N": 768, "COUNT": 128, "BLOCK_M": size, "ALONE": False}
+    return {**tensors, "scales": "*fp32", **sizes, **choice, **more}
+
+
+_ALONE = {"ALONE": True, "rows": "*i64", "owner": "*i64"}
+_FEW, _MANY = grouped_experts._FEW[0], grouped_experts._MANY[0]
 
 # (kernel, variant, {argument: constant, or type of a tensor or float}); the rest are int32.
 KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
@@ -85,13 +120,31 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (rotary_store._rotary_store_kernel, "bf16", _plain("bf16", NORMED=False, **_ROTARY)),
     (rotary_store._rotary_store_kernel, "fp32", _plain("fp32", NORMED=False, **_ROTARY)),
     (rotary_store._rotary_store_kernel, "bf16 normed", _plain("bf16", NORMED=True, **_ROTARY)),
-    (paged_extend._extend_kernel, "bf16", _attention("bf16", 128, 64, BLOCK_M=64)),
+    (pair_rotary._pair_rotary_kernel, "bf16", _plain("bf16", **_PAIRS)),
     (paged_extend._extend_kernel, "bf16 wide", _attention("bf16", 256, 32, BLOCK_M=64)),
+    (paged_extend._extend_kernel, "bf16", _attention("bf16", 128, 64, BLOCK_M=64)),
     (paged_extend._extend_kernel, "fp32", _attention("fp32", 128, 32, BLOCK_M=64)),
     (paged_decode._decode_kernel, "bf16 split", _decode("bf16", 128, 64, splits=16)),
     (paged_decode._decode_kernel, "bf16", _decode("bf16", 128, 64, splits=1)),
     (paged_decode._decode_kernel, "fp32 split", _decode("fp32", 128, 32, splits=16)),
     (paged_decode._combine_kernel, "bf16", _ATTENTION | {"out": "*bf16"} | _COMBINE),
+    (
+        l1_cost._l1_cost_kernel,
+        "bf16",
+        _plain("bf16", predicted="*bf16", goal="*bf16", sums="*fp32", **_L1),
+    ),
+    (layer_norm._layer_norm_kernel, "bf16 fused", _plain("bf16", FUSED=True, **_NORM)),
+    (matvec._matvec_kernel, "bf16 1 row", _plain("bf16", **_MATVEC)),
+    (matvec._matvec_kernel, "bf16 8 rows", _plain("bf16", **_ROWS)),
+    (snake._snake_kernel, "fp32", _plain("fp32", BLOCK=1024)),
+    (snake._depthwise_snake_kernel, "fp32", _plain("fp32", **_DEPTHWISE)),
+    (pixels._pixels_kernel, "bf16", {"frames": "*u8", "out": "*bf16", "BLOCK": 512, **_MEANS}),
+    (expert_blocks._expert_blocks_kernel, "", _BLOCKS),
+    (grouped_experts._gate_up_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
+    (grouped_experts._gate_up_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),
+    (grouped_experts._gate_up_kernel, "fp32", _grouped("fp32", 32, _FEW)),
+    (grouped_experts._down_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
+    (grouped_experts._down_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),
 ]
 
 
@@ -114,14 +167,23 @@ def compile_kernel(kernel: Any, values: dict[str, Any], arch: int) -> int:
     return compiled.metadata.shared
 
 
+def _result(task: tuple[int, int]) -> dict[str, Any]:
+    arch, index = task
+    kernel, variant, values = KERNELS[index]
+    result = {"kernel": kernel.__name__, "variant": variant, "arch": arch}
+    try:
+        return {**result, "shared": compile_kernel(kernel, values, arch)}
+    except Exception as error:
+        return {**result, "error": f"{type(error).__name__}: {error}"}
+
+
 def main() -> None:
-    for arch in map(int, sys.argv[1:]):
-        for kernel, variant, values in KERNELS:
-            result = {"kernel": kernel.__name__, "variant": variant, "arch": arch}
-            try:
-                result["shared"] = compile_kernel(kernel, values, arch)
-            except Exception as error:
-                result["error"] = f"{type(error).__name__}: {error}"
+    every, *others = map(int, sys.argv[1:])
+    first = {kernel.__name__: i for i, (kernel, *_) in reversed(list(enumerate(KERNELS)))}
+    tasks = [(every, i) for i in range(len(KERNELS))]
+    tasks += [(arch, i) for arch in others for i in first.values()]
+    with Pool(min(4, os.cpu_count() or 1)) as pool:
+        for result in pool.imap_unordered(_result, tasks):
             print(json.dumps(result), flush=True)
 
 

@@ -1,0 +1,93 @@
+"""Steps captured by bucket, with a recorder that runs the step instead of a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mstar.engine.captured import CapturedSteps, record
+from tests.recording import replays
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def steps():
+    with torch.inference_mode():
+        yield CapturedSteps(replays, CPU)
+
+
+def scaled(factor, seen=None):
+    def step(x, y):
+        if seen is not None:
+            seen.append((tuple(x.shape), factor))
+        return (factor * x + y,)
+
+    return step
+
+
+def test_a_replay_reads_what_is_given_now(steps):
+    for value in (1.0, 2.0, 3.0):
+        x = torch.full((3,), value)
+        (found,) = steps.run(scaled(2), x, x + 1)
+        assert found.tolist() == [3 * value + 1] * 3
+        x.zero_()  # it is the caller's again
+    assert len(steps) == 1
+
+
+def test_a_bucket_is_the_key_and_the_form_of_every_input(steps):
+    x, seen = torch.ones(3), []
+    for key in (2, 3):
+        assert steps.run(scaled(key, seen), x, x, key=key)[0].tolist() == [key + 1.0] * 3
+    one = torch.ones(1)
+    assert steps.run(scaled(2, seen), one, one, key=2)[0].tolist() == [3.0]
+    ints = one.int()
+    assert steps.run(scaled(2, seen), ints, ints, key=2)[0].dtype == torch.int32
+    assert len(steps) == 4
+    # What was captured stays, whatever comes as the step.
+    assert steps.run(scaled(100), x, x, key=2)[0].tolist() == [3.0] * 3
+
+
+def test_outputs_are_where_they_were(steps):
+    x = torch.ones(3)
+    (first,) = steps.run(scaled(2), x, x)
+    (second,) = steps.run(scaled(2), 2 * x, x)
+    assert second.data_ptr() == first.data_ptr()
+
+
+def test_further_buckets_run_as_they_are():
+    steps = CapturedSteps(replays, CPU, most=1)
+    for size in (1, 2, 1, 3):
+        x = torch.ones(size)
+        assert steps.run(scaled(2), x, x)[0].tolist() == [3.0] * size
+    assert len(steps) == 1
+
+
+def test_without_a_recorder_steps_run_as_they_are():
+    steps, seen = CapturedSteps(None, CPU), []
+    x = torch.ones(2)
+    for _ in range(2):
+        assert steps.run(scaled(2, seen), x, x)[0].tolist() == [3.0, 3.0]
+    assert (len(seen), len(steps)) == (2, 0)
+
+
+def test_a_capture_that_fails_leaves_no_bucket():
+    def fails(step):
+        raise RuntimeError("no memory")
+
+    steps, x = CapturedSteps(fails, CPU), torch.ones(2)
+    with pytest.raises(RuntimeError, match="no memory"):
+        steps.run(scaled(2), x, x)
+    assert len(steps) == 0
+
+
+@pytest.mark.gpu
+def test_graphs_replay_on_a_gpu():
+    device = torch.device("cuda")
+    with torch.inference_mode():
+        steps = CapturedSteps(record(), device)
+        for size in (4, 2, 4, 2):
+            x = torch.rand(size)
+            (found,) = steps.run(scaled(2), x, x)
+            torch.testing.assert_close(found.cpu(), 3 * x)
+    assert len(steps) == 2
