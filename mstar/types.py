@@ -164,6 +164,19 @@ class GenerateResult:
     request_id: str | None = None
     raw: list[Event] = field(default_factory=list, repr=False)
 
+    @property
+    def labels(self) -> list[str]:
+        """What a classifier found, likeliest first; empty if none was asked."""
+        return self._told("labels")
+
+    @property
+    def scores(self) -> list[float]:
+        """Probabilities of the `labels`."""
+        return self._told("scores")
+
+    def _told(self, name: str) -> list[Any]:
+        return next((event.metadata[name] for event in self.raw if name in event.metadata), [])
+
     def save_image(self, path: str | Path, index: int = 0) -> None:
         """Write image number `index` as the PNG it is."""
         if not self.images:

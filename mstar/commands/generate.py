@@ -17,12 +17,15 @@ from mstar.commands.options import model_options, unique, weight_places
 from mstar.commands.outputs import PIPED, STDOUT, as_out, check_outs, modalities
 from mstar.errors import InvalidRequest, RequestFailed
 from mstar.io.audio import open_wav_header
+from mstar.io.heatmap import plot_energy
 from mstar.io.plot import plot_actions
 from mstar.io.save import HOLDS, encode, modalities_of, save, summary, write_file
 from mstar.io.sniff import kind_of
 from mstar.models import registry
 from mstar.models.card import ModelCard
-from mstar.types import AudioChunk, Event, GenerateResult, TextChunk, fold
+from mstar.types import AudioChunk, Event, GenerateResult, LatentChunk, TextChunk, fold
+
+_MAP_POINTS = 25  # along each axis
 
 
 def generate(
@@ -41,7 +44,8 @@ def generate(
         typer.Option("-o", "--out", help=f"Where to write it: {' '.join(HOLDS)}, or - to pipe."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="A .png that draws the actions, of models that act.")
+        Path | None,
+        typer.Option(help="A .png that draws the actions, or of world models their costs."),
     ] = None,
     force: Annotated[bool, typer.Option("-f", "--force", help="Overwrite output files.")] = False,
     settings: Annotated[
@@ -76,10 +80,12 @@ def generate(
         places = weight_places(weights or [])
         card = registry.find(model, places).card
         outs = list(out or [])
-        kinds = modalities(card, modality, outs, plot)
-        check_outs(kinds, outs, force=force, as_json=as_json, plot=plot)
+        values = _settings(card, settings or [])
+        drawn = "latent" if plot is not None and _map_costs(card, values) else "action"
+        kinds = modalities(card, modality, outs, plot, drawn)
+        check_outs(kinds, outs, force=force, as_json=as_json, plot=plot, drawn=drawn)
         request: dict[str, Any] = {
-            **_settings(card, settings or []),
+            **values,
             **_inputs(card, prompt, attach or []),
             "output_modalities": kinds,
         }
@@ -100,7 +106,7 @@ def generate(
         with as_out():
             written = [str(path) for path in save(result, files, overwrite=force)]
         if plot is not None:
-            _draw(result, plot, force)
+            _draw(result, plot, force, drawn)
             written.append(str(plot))
         if as_json:
             terminal.write(json.dumps({**summary(result), "files": written}) + "\n")
@@ -191,11 +197,24 @@ def _shown(events: Iterable[Event], *, text: bool, audio: bool) -> Iterator[Even
             yield event
 
 
-def _draw(result: GenerateResult, path: Path, force: bool) -> None:
-    if result.actions is None:
+def _map_costs(card: ModelCard, values: dict[str, Any]) -> bool:
+    """Whether a plot is a map of what actions cost, and no picture of actions; asks for it."""
+    if "energy" not in card.parameters or values.get("plan") or values.get("mpc"):
+        return False
+    values.setdefault("energy", _MAP_POINTS)
+    return True
+
+
+def _draw(result: GenerateResult, path: Path, force: bool, drawn: str) -> None:
+    if drawn == "latent":
+        chunk = next(event for event in result.raw if isinstance(event, LatentChunk))
+        png = plot_energy(chunk.latents, chunk.metadata["axes"], chunk.metadata["span"])
+    elif result.actions is None:
         raise RequestFailed(f"there are no actions to draw (finish_reason={result.finish_reason})")
+    else:
+        png = plot_actions(result.actions)
     with as_out("--plot"):
-        write_file(path, plot_actions(result.actions), overwrite=force)
+        write_file(path, png, overwrite=force)
 
 
 def _warn(result: GenerateResult) -> None:

@@ -18,9 +18,17 @@ PIPED = {"text": ".txt", "image": ".png", "audio": ".wav", "action": ".npy", "la
 
 
 def modalities(
-    card: ModelCard, asked: str | None, outs: list[Path], plot: Path | None = None
+    card: ModelCard,
+    asked: str | None,
+    outs: list[Path],
+    plot: Path | None = None,
+    drawn: str = "action",
 ) -> tuple[str, ...]:
-    """What to make: as asked, else what the output files hold, else the model's default."""
+    """What to make: as asked, else what the output files hold, else the model's default.
+
+    Args:
+        drawn: what a plot shows.
+    """
     makes = f"{card.name} makes {', '.join(card.outputs)}"
     if asked is not None:
         kinds = [kind.strip() for kind in asked.split(",")]
@@ -29,8 +37,8 @@ def modalities(
                 raise InvalidRequest("--modality", kind, makes)
     else:
         kinds = [held_by(path)[0] for path in outs if len(held_by(path)) == 1]
-        if plot is not None and "action" in card.outputs:
-            kinds.append("action")
+        if plot is not None and drawn in card.outputs:
+            kinds.append(drawn)
         for path in outs:
             if not set(held_by(path)) & set(card.outputs):
                 held = ", ".join(held_by(path))
@@ -53,12 +61,13 @@ def check_outs(
     force: bool,
     as_json: bool,
     plot: Path | None = None,
+    drawn: str = "action",
 ) -> None:
     """Refuse outputs that cannot be written, before any work is done."""
     if plot is not None:
-        _check_plot(kinds, outs, plot, force)
+        _check_plot(kinds, outs, plot, force, drawn)
     for kind in kinds:
-        if kind == "action" and plot is not None:
+        if kind == drawn and plot is not None:
             continue
         if kind != "text" and not any(kind in held_by(path) for path in outs):
             fitting = " ".join(suffix for suffix, held in HOLDS.items() if kind in held)
@@ -83,9 +92,11 @@ def check_outs(
                 check_path(path, overwrite=force)
 
 
-def _check_plot(kinds: tuple[str, ...], outs: list[Path], plot: Path, force: bool) -> None:
-    if "action" not in kinds:
-        raise InvalidRequest("--plot", str(plot), f"draws actions; what is made is {kinds[0]}")
+def _check_plot(
+    kinds: tuple[str, ...], outs: list[Path], plot: Path, force: bool, drawn: str
+) -> None:
+    if drawn not in kinds:
+        raise InvalidRequest("--plot", str(plot), f"draws {drawn}s; what is made is {kinds[0]}")
     if plot.suffix.lower() != ".png":
         raise InvalidRequest("--plot", str(plot), "is drawn as a .png")
     if plot in outs:

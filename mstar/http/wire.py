@@ -81,7 +81,8 @@ def _whole(result: GenerateResult) -> list[Event]:
     """The result as few events as can be: text, audio and actions are one each."""
     events: list[Event] = []
     if result.text:
-        events.append(TextChunk(result.text))
+        labelled = {"labels": result.labels, "scores": result.scores} if result.labels else {}
+        events.append(TextChunk(result.text, metadata=labelled))
     events += [e for e in result.raw if isinstance(e, (ImageChunk, LatentChunk))]
     if result.audio is not None:
         events.append(AudioChunk(result.audio.pcm, result.audio.sample_rate))

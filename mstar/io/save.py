@@ -153,10 +153,12 @@ def encode(result: GenerateResult, suffix: str, index: int = 0) -> bytes:
 
 
 def summary(result: GenerateResult) -> dict[str, Any]:
-    """Text, end and usage of a result as plain data, ready for JSON."""
+    """Text, labels, end and usage of a result as plain data, ready for JSON."""
+    labelled = {"labels": result.labels, "scores": result.scores} if result.labels else {}
     return {
         "request_id": result.request_id,
         "text": result.text,
+        **labelled,
         "finish_reason": result.finish_reason,
         "usage": asdict(result.usage) if result.usage else None,
     }

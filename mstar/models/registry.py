@@ -26,6 +26,9 @@ _BUILTIN = {
     "bagel": "mstar.models.bagel.card:CARD",
     "orpheus": "mstar.models.orpheus.card:CARD",
     "pi05": "mstar.models.pi05.card:CARD",
+    "vjepa2": "mstar.models.vjepa2.card:CARD",
+    "vjepa2_ac": "mstar.models.vjepa2.card_ac:CARD",
+    "qwen3_omni": "mstar.models.qwen3_omni.card:CARD",
 }
 _GROUP = "mstar.models"
 _TINY = "-tiny"

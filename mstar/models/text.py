@@ -67,27 +67,41 @@ class TextGeneration:
         self._decode = decode
         self._text = TextStream(decode, stop)
         self._told = 0
+        self._given = 0  # characters
 
-    async def each(self, give: Callable[[str], None]) -> None:
-        """Call `give` with every piece, as soon as it is certain."""
+    def shown_ids(self) -> list[int]:
+        """The tokens without those that a stop string, or part of it, is in."""
+        count = len(self.ids)
+        while count and len(self._decode(self.ids[:count])) > self._given:
+            count -= 1
+        return self.ids[:count]
+
+    async def each(
+        self, give: Callable[[str], None], hear: Callable[[int], None] | None = None
+    ) -> None:
+        """Call `give` with every piece, as soon as it is certain, and `hear` with every token."""
         text, tokens = self._text, aiter(self._tokens)
         async for token in tokens:
             self.ids.append(token)
+            if hear is not None:
+                hear(token)
             if piece := text.push(token):
+                self._given += len(piece)
                 give(piece)
             if text.stopped:
                 break
         await tokens.aclose()
         if not text.stopped and (piece := text.finish()):
+            self._given += len(piece)
             give(piece)
         self.finish_reason = "stop" if text.stopped else self._tokens.finish_reason
 
-    async def emit(self, request: Request) -> None:
-        """Give every piece to the caller as it comes.
+    async def emit(self, request: Request, hear: Callable[[int], None] | None = None) -> None:
+        """Give every piece to the caller as it comes; see `each`.
 
         With the parameter `logprobs`, the metadata of a piece tell of its tokens.
         """
-        await self.each(lambda piece: request.emit_text(piece, **self._news()))
+        await self.each(lambda piece: request.emit_text(piece, **self._news()), hear)
 
     def _news(self) -> dict[str, Any]:
         fresh = self._tokens.scores[self._told :]

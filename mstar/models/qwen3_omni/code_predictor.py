@@ -37,6 +37,7 @@ class CodePredictor(nn.Module):
         self.codec_embedding = nn.Parameter(torch.empty(shape))
         self.decoder = Decoder(config)
         self.lm_head = nn.Parameter(torch.empty(shape))
+        self._frames: dict[int, Frames] = {}
 
     def sources(self, name: str) -> Sequence[Source]:
         """Where parameter `name` is in a checkpoint, in which tables and heads are apart."""
@@ -73,7 +74,10 @@ class CodePredictor(nn.Module):
             Codes int64 `[frames, groups - 1]`.
         """
         count, groups = len(hidden), len(self.lm_head)
-        frames = Frames(self.decoder, count, groups + 1, hidden)
+        frames = self._frames.get(count)
+        if frames is None:
+            frames = self._frames[count] = Frames(self.decoder, count, groups + 1, hidden)
+        frames.length = 0
         x = torch.stack([hidden, first], 1).flatten(0, 1)
         codes: list[Tensor] = []
         for k in range(groups):
@@ -90,6 +94,8 @@ class CodePredictor(nn.Module):
 class Frames:
     """Sequences that grow together, with room for a known length: an `AttentionContext`.
 
+    They can be used again, from length 0 on.
+
     Args:
         count: how many sequences.
         length: most tokens of each.
@@ -103,17 +109,20 @@ class Frames:
         self.length = 0
         shape = layout.layers, count, length, layout.kv_heads, layout.head_dim
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        places = torch.arange(length, device=like.device)
-        self._positions = places.expand(count, -1)
-        self._slots = self._positions + torch.arange(count, device=like.device)[:, None] * length
+        places = torch.arange(length, device=like.device).expand(count, -1)
+        slots = places + torch.arange(count, device=like.device)[:, None] * length
+        # Of the first two tokens, of the third, ...: their slots and their angles.
+        self._steps = [
+            (slots[:, rows].flatten(), decoder.rotary.angles(places[:, rows].flatten()))
+            for rows in (slice(0, 2), *(slice(k, k + 1) for k in range(2, length)))
+        ]
 
     def extend(self, x: Tensor) -> Tensor:
-        """Normed hidden states `[count * new, hidden]` of new tokens of every sequence."""
-        new = len(x) // self.count
-        rows = slice(self.length, self.length + new)
-        self.length += new
-        self._now = self._slots[:, rows].flatten()
-        return self.decoder(x, self._positions[:, rows].flatten(), self)[0]
+        """Normed hidden states `[count * new, hidden]` of new tokens of every sequence: two at
+        first, and then one at a time."""
+        self._now, angles = self._steps[max(self.length - 1, 0)]
+        self.length += len(x) // self.count
+        return self.decoder(x, context=self, angles=angles)[0]
 
     def attend(
         self,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +88,23 @@ class Decoder(nn.Module):
         self.norm = Weight(config.hidden_size)
         self.rotary = MRotary(config.head_dim, config.rope_theta, config.mrope_section)
 
+    @cached_property
+    def _weights(self) -> list[tuple[Any, ...]]:
+        """What `forward` needs of each layer: looking it up takes longer than a small product."""
+        eps = self.config.rms_norm_eps
+        return [
+            (
+                layer.input_layernorm.weight,
+                own.qkv_proj.weight,
+                HeadNorms(own.q_norm.weight, own.k_norm.weight, eps),
+                own.o_proj.weight,
+                layer.post_attention_layernorm.weight,
+                layer.mlp.forward,
+            )
+            for layer in self.layers
+            for own in (layer.self_attn,)
+        ]
+
     @property
     def kv_layout(self) -> KVLayout:
         """What one token keeps in the cache."""
@@ -106,6 +125,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         context: AttentionContext | None = None,
         *,
+        angles: tuple[Tensor, Tensor] | None = None,
         extra: Sequence[Tensor] = (),
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -115,29 +135,28 @@ class Decoder(nn.Module):
             x: embeddings `[tokens, hidden]`.
             positions: `[tokens]` or `[3, tokens]`; counted from 0 if left out.
             context: where earlier keys and values are; none if left out.
+            angles: those of the positions (see `MRotary.angles`), where they are known already.
             extra: added to what the first, second, ... layer gives, each `[tokens, hidden]`.
             tap: after how many layers the hidden states are to be returned as well.
 
         Returns:
             Normed hidden states and those of the tap, each `[tokens, hidden]`.
         """
-        if positions is None:
-            positions = torch.arange(len(x), device=x.device)
+        if angles is None:
+            if positions is None:
+                positions = torch.arange(len(x), device=x.device)
+            angles = self.rotary.angles(positions)
         context = context or CausalContext()
-        angles = self.rotary.angles(positions)
         config, eps = self.config, self.config.rms_norm_eps
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         tapped = x if tap == 0 else None
         residual, added = x, None
-        for index, layer in enumerate(self.layers):
-            h, residual = _norm(residual, added, layer.input_layernorm.weight, eps)
-            own = layer.self_attn
-            norms = HeadNorms(own.q_norm.weight, own.k_norm.weight, eps)
-            parts = (Projected(linear(h, own.qkv_proj.weight), norms),)
-            h = context.attend(index, parts, angles, heads, kv_heads)
-            added = linear(h, own.o_proj.weight)
-            h, residual = _norm(residual, added, layer.post_attention_layernorm.weight, eps)
-            added = layer.mlp(h)
+        for index, (before, qkv, norms, out, after, mlp) in enumerate(self._weights):
+            h, residual = _norm(residual, added, before, eps)
+            parts = (Projected(linear(h, qkv), norms),)
+            added = linear(context.attend(index, parts, angles, heads, kv_heads), out)
+            h, residual = _norm(residual, added, after, eps)
+            added = mlp(h)
             if index < len(extra):
                 added = added + extra[index]
             if index + 1 == tap:

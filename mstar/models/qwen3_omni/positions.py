@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mstar.models.qwen3_omni.vision import Grid
 
-__all__ = ["counted", "interleaving", "of_video_with_sound", "of_vision"]
+__all__ = ["counted", "interleaving", "of_video_with_sound", "of_vision", "offset_of"]
 
 
 def counted(start: float, count: int) -> tuple[Tensor, float]:
@@ -76,6 +76,12 @@ def of_video_with_sound(
     others = (is_video != last).nonzero()
     rest = places[:, int(others[-1]) + 1 :] if len(others) else places
     return places, _after(rest)
+
+
+def offset_of(position: float, length: int) -> float:
+    """What the next position is beyond the `length` of a sequence; an integer if it is whole."""
+    offset = position - length
+    return int(offset) if offset == int(offset) else offset
 
 
 def _after(places: Tensor) -> float:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from mstar.errors import InvalidRequest
-from mstar.io.image import MAX_PIXELS
-from mstar.io.probe import Unreadable, open_container, probe_video
 from mstar.io.rgb import rgb_of, shown
+from mstar.io.video import read_bytes, video_of_file
 from mstar.models.qwen3_omni.pixels import IMAGES, VIDEOS, PixelRule, resized, to_patches
 from mstar.models.qwen3_omni.sizes import VisionConfig
 from mstar.models.qwen3_omni.vision import Grid
@@ -123,35 +120,17 @@ def read_video(
         if isinstance(value, np.ndarray):
             images, fps = _of_array(value, sampling), sampling.fps
         else:
-            images, fps = _of_file(read_bytes(value), sampling, longest)
+            video = video_of_file(read_bytes(value), longest)
+            places, fps = sampled(video.count, video.fps, sampling)
+            images = video.images(places)
         frames = [np.asarray(resized(image, rule, config)) for image in images]
         if not frames:
             raise ValueError("it has no frames")
-    except ModuleNotFoundError:
-        allowed = "videos need PyAV: pip install mstar[video]"
     except ValueError as error:
         allowed = str(error)
     else:
         return _visual(np.stack(frames), config, config.temporal_patch_size / fps)
     raise InvalidRequest("video", shown(value), allowed)
-
-
-def read_bytes(value: Any) -> bytes:
-    """The bytes of a file: of a path, bytes, or `(filename, bytes)`.
-
-    Raises:
-        ValueError: it is something else, or cannot be read.
-    """
-    if isinstance(value, (str, PathLike)):
-        try:
-            return Path(value).read_bytes()
-        except OSError as error:
-            raise ValueError(error.strerror or str(error)) from None
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        value = value[1]
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value)
-    raise ValueError("must be a path, bytes, (filename, bytes) or an array of frames")
 
 
 def _visual(frames: np.ndarray, config: VisionConfig, seconds: float | None) -> Visual:
@@ -167,54 +146,3 @@ def _of_array(value: np.ndarray, sampling: Sampling) -> Iterator[Image.Image]:
     if len(value) > sampling.max_frames:
         raise ValueError(f"it has {len(value)} frames, and at most {sampling.max_frames} are seen")
     return map(Image.fromarray, value)
-
-
-def _of_file(
-    data: bytes, sampling: Sampling, longest: float
-) -> tuple[Iterator[Image.Image], float]:
-    try:
-        stated = probe_video(data, longest)
-    except Unreadable as error:
-        raise ValueError(str(error)) from None
-    if stated.seconds > longest:
-        raise ValueError(f"it is longer than {longest:g} seconds")
-    if stated.width * stated.height > MAX_PIXELS:
-        raise ValueError(f"a frame has more than {MAX_PIXELS} pixels")
-    import av
-
-    try:
-        count, fps = _counted(data, stated.seconds)
-        places, fps = sampled(count, fps, sampling)
-        return _frames(data, set(places)), fps
-    except av.FFmpegError as error:
-        raise ValueError(f"it is broken: {error.strerror}") from None
-
-
-def _counted(data: bytes, seconds: float) -> tuple[int, float]:
-    """How many frames there are, and how many in a second."""
-    with open_container(data) as file:
-        stream = file.streams.video[0]
-        count = sum(packet.size > 0 for packet in file.demux(stream))
-        fps = float(stream.average_rate or 0) or count / max(seconds, 1e-3)
-    return count, min(max(fps, 1e-3), 1000.0)
-
-
-def _frames(data: bytes, places: set[int]) -> Iterator[Image.Image]:
-    """The frames at some places, as a viewer shows them."""
-    import av
-
-    try:
-        with open_container(data) as file:
-            stream = file.streams.video[0]
-            stream.thread_type = "AUTO"
-            for index, frame in enumerate(file.decode(stream)):
-                if frame.width * frame.height > MAX_PIXELS:
-                    raise ValueError(f"a frame has more than {MAX_PIXELS} pixels")
-                if index in places:
-                    image = frame.to_image()
-                    turn = getattr(frame, "rotation", 0)
-                    yield image.rotate(turn, expand=True) if turn else image
-                if index >= max(places):
-                    return
-    except av.FFmpegError:
-        return  # it ends early; what there is can be seen

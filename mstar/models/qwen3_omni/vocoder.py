@@ -22,7 +22,9 @@ from mstar.models.qwen3_omni.decoder import Weight
 from mstar.models.qwen3_omni.sizes import VocoderConfig
 from mstar.models.qwen3_omni.synthesis import Synthesis
 
-__all__ = ["Vocoder", "VocoderStream"]
+__all__ = ["SAMPLE_RATE", "Vocoder", "VocoderStream"]
+
+SAMPLE_RATE = 24000
 
 
 class VocoderStream:

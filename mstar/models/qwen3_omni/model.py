@@ -1,0 +1,322 @@
+"""Qwen3-Omni: a Thinker that reads, looks, listens and writes; a Talker that says it aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mstar.engine.channel import Channel
+from mstar.engine.feature_cache import FeatureCache
+from mstar.engine.kvcache import KVCache, KVPool
+from mstar.engine.lm import DecoderNetwork, LanguageModel
+from mstar.engine.memory import kv_tokens_for
+from mstar.engine.node import Node
+from mstar.engine.prefill import prefill_causal
+from mstar.engine.request import Request
+from mstar.engine.sampler import sampler_for
+from mstar.engine.sampling import SamplerState
+from mstar.engine.spans import Step
+from mstar.engine.traps import gather, spawn
+from mstar.errors import ContextTooLong, InvalidRequest, WeightsError
+from mstar.models.base import Inputs, Model, Setup
+from mstar.models.qwen3_omni.card import MOST_FRAMES, MOST_TOKENS
+from mstar.models.qwen3_omni.material import Material
+from mstar.models.qwen3_omni.networks import Networks, load_networks
+from mstar.models.qwen3_omni.plan import Plan, Planner
+from mstar.models.qwen3_omni.positions import offset_of
+from mstar.models.qwen3_omni.prompt import Segment
+from mstar.models.qwen3_omni.runners import (
+    audio_runner,
+    frame_runner,
+    vision_runner,
+    vocoder_runner,
+)
+from mstar.models.qwen3_omni.speaking import HiddenStates, Speech
+from mstar.models.qwen3_omni.speech import Speaker
+from mstar.models.qwen3_omni.tokenizer import Tokenizer
+from mstar.models.qwen3_omni.vocoder import SAMPLE_RATE
+from mstar.models.text import TextGeneration, sampling_params
+
+__all__ = ["Qwen3Omni"]
+
+_FEATURES = 512 << 20  # bytes of encoded media, and of what the Talker hears of them, that are kept
+_PATCHES = 16384  # of images and videos in a batch: those of one video of the usual size
+_MEL_FRAMES = 30000  # of sounds in a batch: five minutes
+_TALKER_SHARE = 0.2  # of the memory for KV caches
+
+
+class Qwen3Omni(Model):
+    """Nodes `thinker`, `vision`, `audio`; and `talker`, `frame` and `vocoder` if it speaks."""
+
+    options = ("speech",)
+
+    def __init__(self, networks: Networks, tokenizer: Tokenizer, lms: Sequence[LanguageModel]):
+        omni = self.omni = networks.omni
+        self.config = omni.config
+        self.tokenizer = tokenizer
+        self.thinker = lms[0]
+        self.features = FeatureCache(_FEATURES)
+        self.planner = Planner(self.config, tokenizer, self._embed)
+        device = self.thinker.device
+        self.vision = Node(
+            "vision",
+            vision_runner(omni, device),
+            cost=lambda medium: medium.visual.grid.patches,
+            max_cost=_PATCHES,
+        )
+        self.audio = Node(
+            "audio",
+            audio_runner(omni, device),
+            cost=lambda medium: medium.features.shape[1],
+            max_cost=_MEL_FRAMES,
+        )
+        self.networks = [omni]
+        self.speech: Speech | None = None
+        if networks.vocoder is not None:
+            self.sample_rate = SAMPLE_RATE
+            self.networks.append(networks.vocoder)
+            self.speech = self._speech(networks, lms[1])
+
+    def _speech(self, networks: Networks, lm: LanguageModel) -> Speech:
+        omni = networks.omni
+        sampler = sampler_for(lm.device, omni.talker.code_predictor.config.vocab_size)
+        sound = Node(
+            "vocoder",
+            vocoder_runner(networks.vocoder),
+            key=lambda job: job.shape,
+            max_batch=16,
+            beside=True,
+        )
+        newline = self.tokenizer.encode("\n")[0]
+        return Speech(
+            omni,
+            lm,
+            Node("frame", frame_runner(omni, sampler), max_batch=lm.max_batch),
+            sampler,
+            networks.vocoder,
+            sound,
+            Speaker(omni.thinker, omni.talker, self.config, newline),
+        )
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """See `Model.nodes`."""
+        speech = self.speech
+        spoken = () if speech is None else (speech.lm, speech.frame, speech.sound)
+        return (self.thinker, self.vision, self.audio, *spoken)
+
+    @classmethod
+    def load(cls, setup: Setup) -> Qwen3Omni:
+        """See `Model.load`. The vocoder always runs in float32."""
+        speech = setup.options.get("speech", True)
+        if not isinstance(speech, bool):
+            raise InvalidRequest("options", speech, "speech must be true or false")
+        folder = setup.folders["qwen3_omni"]
+        tokenizer = Tokenizer(folder)
+        networks = load_networks(
+            folder,
+            device=setup.device,
+            dtype=setup.dtype,
+            speech=speech,
+            dummy=setup.dummy,
+            progress=setup.progress,
+        )
+        omni = networks.omni
+        if tokenizer.size > omni.thinker.vocab_size:
+            raise WeightsError(
+                f"{folder}: the tokenizer has {tokenizer.size} ids, and the decoder knows "
+                f"{omni.thinker.vocab_size}"
+            )
+        if omni.talker is None:
+            return cls(networks, tokenizer, [_decoder(setup, "thinker", omni.thinker)])
+        fraction = setup.memory_fraction
+        thinker = _decoder(setup, "thinker", omni.thinker, fraction * (1 - _TALKER_SHARE))
+        return cls(networks, tokenizer, [thinker, _decoder(setup, "talker", omni.talker, fraction)])
+
+    def warmup(self) -> None:
+        """See `Model.warmup`."""
+        self.thinker.warmup()
+
+    # -- laying a request out ----------------------------------------------------------------
+
+    def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
+        """See `Model.prepare`."""
+        plan = self.planner.plan(inputs, params, outputs, self._check_length)
+        speaks, reads = plan.speech is not None, bool(plan.text)
+        for field, least, most in (
+            ("max_output_tokens", "min_tokens", None if reads else self._text_room(plan)),
+            ("talker_max_tokens", "talker_min_tokens", self._speech_room(plan) if speaks else None),
+        ):
+            for name in (field, least):
+                if most is not None and (params[name] or 0) > most:
+                    allowed = f"there is room for {most} after the prompt"
+                    raise InvalidRequest(name, params[name], allowed)
+        if reads and len(plan.speech.aloud) >= (limit := self._frames(plan, params)):
+            allowed = f"is {len(plan.speech.aloud)} tokens long, and speech has {limit} frames"
+            raise ContextTooLong("text", inputs.text, allowed)
+        return plan
+
+    def _check_length(self, field: str, segments: Sequence[Segment]) -> None:
+        longest = self.config.thinker.text.max_position_embeddings
+        tokens = sum(len(segment.ids) for segment in segments)
+        shown = f"a prompt of {tokens} tokens"
+        if tokens + 1 > longest:
+            raise ContextTooLong(field, shown, f"the model takes {longest}")
+        self.thinker.pool.check_fits(field, shown, tokens + 1, ContextTooLong)
+
+    def _text_room(self, plan: Plan) -> int:
+        longest = self.config.thinker.text.max_position_embeddings
+        return min(longest, self.thinker.pool.capacity) - len(plan.ids)
+
+    def _speech_room(self, plan: Plan) -> int:
+        longest = self.config.talker.text.max_position_embeddings
+        return min(longest, self.speech.lm.pool.capacity) - len(plan.speech.user.ids)
+
+    def _frames(self, plan: Plan, params: dict[str, Any]) -> int:
+        return params["talker_max_tokens"] or min(MOST_FRAMES, self._speech_room(plan))
+
+    # -- the walk ----------------------------------------------------------------------------
+
+    async def walk(self, request: Request) -> str | None:
+        """Read and write; speak beside it."""
+        plan: Plan = request.inputs
+        if plan.text:
+            return await self._read_aloud(request, plan)
+        request.usage.image_tokens += plan.image_tokens
+        with self.thinker.open_cache() as kv:
+            kv.offset = offset_of(plan.next_position, len(plan.ids))
+            if plan.speech is None:
+                text = self._generation(request, plan, kv, None)
+                await text.emit(request)
+                return text.finish_reason
+            states, tokens = HiddenStates(self.omni, self.features, plan.speech), Channel()
+            text = self._generation(request, plan, kv, states)
+            speech = spawn(self._speak(request, plan, tokens, states))
+            await self._write(request, plan, text, tokens)
+        spoken = await speech
+        return text.finish_reason if spoken == "stop" else spoken
+
+    async def _read_aloud(self, request: Request, plan: Plan) -> str:
+        """Speak the given text; the Thinker has nothing to do."""
+        if "text" in request.output_modalities:
+            request.emit_text(plan.text)
+        tokens = Channel()
+        for token in plan.speech.aloud:
+            tokens.send(token)
+        tokens.close()
+        request.usage.prompt_tokens += len(plan.speech.user.ids)
+        states = HiddenStates(self.omni, self.features, plan.speech)
+        return await self._speak(request, plan, tokens, states)
+
+    async def _write(
+        self, request: Request, plan: Plan, text: TextGeneration, tokens: Channel
+    ) -> None:
+        """Give the text to the caller, if it is asked for, and its tokens to the Talker.
+
+        Where strings may end the text, the Talker waits for the end, so that it says none of them.
+        """
+        limit, stop = self._tokens(plan, request.params), request.params["stop"]
+
+        def hear(token: int) -> None:
+            # The last one before the limit is not spoken, as published.
+            if not stop and (len(text.ids) == 1 or len(text.ids) < limit):
+                tokens.send(token)
+
+        shown = "text" in request.output_modalities
+        await (text.emit(request, hear) if shown else text.each(lambda piece: None, hear))
+        for token in text.shown_ids() if stop else ():
+            tokens.send(token)
+        tokens.close()
+
+    def _generation(
+        self, request: Request, plan: Plan, kv: KVCache, states: HiddenStates | None
+    ) -> TextGeneration:
+        params, usage = request.params, request.usage
+        sampling = sampling_params(
+            params,
+            max_tokens=self._tokens(plan, params),
+            end_ids=(self.config.im_end_token_id,),
+            seed=plan.seed,
+        )
+
+        async def feed(sampler: SamplerState) -> Step:
+            most = None if states is None else states.most_reused
+            return await prefill_causal(
+                self.thinker,
+                kv,
+                plan.spans,
+                sampler=sampler,
+                usage=usage,
+                most_reused=most,
+                hear=None if most is None else states.hear,
+            )
+
+        own = None if plan.spans is None else feed
+        tokens = self.thinker.generate(kv, plan.ids, sampling, usage=usage, feed=own)
+        return TextGeneration(tokens, self.tokenizer.decode, params["stop"] or ())
+
+    def _tokens(self, plan: Plan, params: dict[str, Any]) -> int:
+        return params["max_output_tokens"] or min(MOST_TOKENS, self._text_room(plan))
+
+    async def _speak(
+        self, request: Request, plan: Plan, tokens: Channel, states: HiddenStates
+    ) -> str:
+        limit = self._frames(plan, request.params)
+        return await self.speech.speak(request, plan.speech, plan.seed, limit, tokens, states)
+
+    # -- media -------------------------------------------------------------------------------
+
+    async def _embed(self, medium: Material) -> Tensor:
+        """The Thinker's inputs `[tokens, (1 + deepstack) * hidden]` of a medium."""
+        branches = []
+        if medium.visual is not None:
+            branches.append(self._encoded(self.vision, medium.visual.key, medium))
+        if medium.sound is not None:
+            branches.append(self._encoded(self.audio, medium.sound.key, medium))
+        rows = await gather(*branches)
+        if medium.sound is not None:
+            rows[-1] = self.omni.thinker.wide(rows[-1])
+        if medium.is_video is None:
+            return rows[0]
+        both = rows[0].new_empty(len(medium.is_video), rows[0].shape[1])
+        is_video = medium.is_video.to(both.device)
+        both[is_video], both[~is_video] = rows
+        return both
+
+    async def _encoded(self, node: Node, key: bytes, medium: Material) -> Tensor:
+        found = self.features.get((node.name, key))
+        if found is None:
+            found = (await node(medium),)
+            self.features.put((node.name, key), *found)
+        return found[0]
+
+
+def _decoder(
+    setup: Setup, name: str, network: DecoderNetwork, fraction: float | None = None
+) -> LanguageModel:
+    """A decoder with its cache."""
+    layout = network.kv_layout
+    tokens = setup.kv_tokens or kv_tokens_for(
+        layout,
+        setup.device,
+        setup.dtype,
+        fraction=fraction or setup.memory_fraction,
+        at_most=max(setup.max_batch * 8192, 65536),
+    )
+    pool = KVPool(
+        layout,
+        tokens,
+        device=setup.device,
+        dtype=setup.dtype,
+        prefix_cache=setup.prefix_cache and name == "thinker",
+    )
+    return LanguageModel(
+        name,
+        network,
+        pool,
+        max_batch=setup.max_batch,
+        token_budget=setup.token_budget,
+        look_ahead=setup.look_ahead,
+    )

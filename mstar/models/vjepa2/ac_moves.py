@@ -1,0 +1,125 @@
+"""Actions and states of candidates, checked in the caller's thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mstar.errors import InvalidRequest
+from mstar.models.pi05.card import array
+from mstar.models.vjepa2.ac_config import EXTRINSICS, AcConfig
+from mstar.models.vjepa2.poses import trajectory
+
+__all__ = ["Course", "check_frames", "course", "extrinsics_of", "paired", "rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What candidates do, from the last frame that was seen.
+
+    Args:
+        past_actions, past_states: of the frames before that, float32 `[frames, 7]`.
+        actions: float32 `[samples, horizon, 7]`.
+        states: before each action, and after the last one where that is known, float32 `[samples
+            or 1, 7]`.
+    """
+
+    past_actions: Tensor
+    past_states: Tensor
+    actions: Tensor
+    states: list[Tensor]
+
+
+def course(actions: Tensor, states: Tensor, seen: int, horizon: int) -> Course:
+    """Split rows `[samples, T, 7]` at the last frame that was seen.
+
+    Args:
+        actions: for every frame that was seen and every step.
+        states: likewise, or for the frames that were seen: then the others follow.
+        seen: frames.
+        horizon: steps.
+
+    Raises:
+        InvalidRequest: there are too few, or they do not fit each other.
+    """
+    past, total = seen - 1, seen - 1 + horizon
+    if actions.shape[1] < total:
+        allowed = f"must be {total} for {seen} frames and {horizon} steps"
+        raise InvalidRequest("actions", f"{actions.shape[1]} rows", allowed)
+    if states.shape[1] < total and states.shape[1] != seen:
+        allowed = f"must be {total}, or {seen} from which the others follow"
+        raise InvalidRequest("states", f"{states.shape[1]} rows", allowed)
+    counts = {len(actions), len(states)} - {1}
+    if len(counts) > 1:
+        allowed = f"must be for as many candidates as actions: {len(actions)}"
+        raise InvalidRequest("states", f"{len(states)} candidates", allowed)
+    for field, given in (("actions", actions), ("states", states)):
+        if not (given[:, :past] == given[:1, :past]).all():
+            raise InvalidRequest(field, "differ", "must be the same in frames that were seen")
+    future = actions[:, past:total].expand(max(counts, default=1), -1, -1)
+    if states.shape[1] < total:
+        after = trajectory(states[:, past], future)
+    else:
+        after = list(states[:, past : total + 1].unbind(1))
+    return Course(actions[0, :past], states[0, :past], future, after)
+
+
+def paired(actions: Any, states: Any, frames: int) -> tuple[Tensor, Tensor]:
+    """One action and one state for every frame, float32 `[samples, frames, 7]`.
+
+    Raises:
+        InvalidRequest: there are more or fewer, or they do not fit each other.
+    """
+    moves = {"actions": rows("actions", actions), "states": rows("states", states)}
+    samples = max(map(len, moves.values()))
+    for field, given in moves.items():
+        if given.shape[1] != frames:
+            raise InvalidRequest(field, f"{given.shape[1]} rows", f"must be {frames}, one a frame")
+        if len(given) not in (1, samples):
+            raise InvalidRequest(field, f"{len(given)} candidates", f"must be {samples}, or one")
+    return moves["actions"].expand(samples, -1, -1), moves["states"].expand(samples, -1, -1)
+
+
+def check_frames(field: str, value: int, frames: int, config: AcConfig) -> None:
+    """Refuse more frames than the predictor knows.
+
+    Args:
+        field, value: what is too much.
+    """
+    if frames > config.max_frames:
+        allowed = f"needs {frames} frames; the model knows {config.max_frames}"
+        raise InvalidRequest(field, value, allowed)
+
+
+def rows(field: str, value: Any, width: int = 7) -> Tensor:
+    """Float32 `[samples, T, width]` of `[samples, T, width]`, `[T, width]` or `[width]`.
+
+    Raises:
+        InvalidRequest: it is missing, of another shape, or not finite.
+    """
+    if value is None:
+        raise InvalidRequest(field, None, f"must be given: rows of {width} numbers")
+    try:
+        found = array(value).astype(np.float32)
+    except ValueError as error:
+        raise InvalidRequest(field, value, str(error)) from None
+    if found.ndim not in (1, 2, 3) or found.shape[-1] != width or not found.size:
+        allowed = f"must be [T, {width}] or [samples, T, {width}]"
+        raise InvalidRequest(field, f"array {found.shape}", allowed)
+    return torch.from_numpy(found.reshape((1,) * (3 - found.ndim) + found.shape))
+
+
+def extrinsics_of(value: Any, config: AcConfig, frames: int) -> Tensor | None:
+    """Where the camera is in every frame, float32 `[frames, 6]`; None for models without."""
+    if not config.use_extrinsics:
+        if value is not None:
+            raise InvalidRequest("extrinsics", "given", "this model has no use for them")
+        return None
+    found = rows("extrinsics", value, EXTRINSICS)[0]
+    if len(found) < frames:
+        raise InvalidRequest("extrinsics", f"{len(found)} rows", f"must have {frames}, one a frame")
+    return found[:frames]

@@ -1,0 +1,139 @@
+"""Planning as a policy: observations and a goal in, actions out, for `PolicyRunner`.
+
+policy = engine.policy({"goal": image, "samples": 100, "horizon": 2})
+with PolicyRunner(policy, fps=4, deadline_ms=200) as runner:
+    while True:
+        runner.notify({"image": camera(), "state": pose()})
+        if (action := runner.get_action()) is not None:
+            move(action)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mstar.errors import InvalidRequest
+from mstar.models.pi05.pending import Pending
+from mstar.models.vjepa2.ac_moves import rows
+from mstar.models.vjepa2.ac_requests import search_of
+from mstar.models.vjepa2.latents import Latents
+
+__all__ = ["PlanningPolicy"]
+
+_SPARE = 0.1  # of a deadline, for seeing and for the way
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What a runner asks of a policy: of each plan the first action is executed."""
+
+    chunk_size: int
+    n_action_steps: int = 1
+    rtc_training_max_delay: int = 0
+
+
+@dataclass(frozen=True)
+class _Robot:
+    run: int | None = None
+
+
+class PlanningPolicy:
+    """Plans from every observation. Any thread may use it.
+
+    Args:
+        engine: that serves V-JEPA 2-AC.
+        settings: of `Engine.plan`, and `goal`, unless observations have one.
+        rename: key of an observation -> `image`, `state` or `goal`.
+
+    Raises:
+        InvalidRequest: a setting is wrong.
+    """
+
+    robot = _Robot()
+
+    def __init__(
+        self, engine: Any, settings: Mapping[str, Any], rename: Mapping[str, str] | None = None
+    ) -> None:
+        self.engine = engine
+        self.settings = {name: value for name, value in settings.items() if name != "goal"}
+        search = search_of(engine.card.parameters.validate({"plan": True, **self.settings}))
+        self.config = _Config(search.cem.horizon)
+        self._rename = dict(rename or {})
+        self._goal: Latents | None = None
+        if settings.get("goal") is not None:
+            self.aim(settings["goal"])
+
+    def aim(self, goal: Any) -> None:
+        """Take another goal; it is encoded once."""
+        self._goal = goal if isinstance(goal, Latents) else self.engine.encode(goal)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a program may want to know: shapes and names."""
+        return {
+            "model": self.engine.name,
+            "action_horizon": self.config.chunk_size,
+            "action_dim": 7,
+            "observation": ["image", "state", "goal"],
+            **self.settings,
+        }
+
+    def infer(
+        self, obs: Mapping[str, Any], *, deadline_ms: float | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        """Actions for an observation.
+
+        Args:
+            obs: `image`, `state` `[7]`, and `goal` if it is to be another one this time.
+            deadline_ms: milliseconds until the result must be there: what is found by then.
+            **settings: instead of the policy's.
+
+        Returns:
+            `{"actions": float32 [horizon, 7], "policy_timing": {"infer_ms": ...}}`.
+
+        Raises:
+            InvalidRequest: the observation lacks something, or a setting is wrong.
+            DeadlineExceeded: not even the observation was seen in time.
+        """
+        chunk = self.begin(obs, deadline_ms=deadline_ms, **settings).result()
+        return {"actions": chunk.actions, "policy_timing": {"infer_ms": chunk.infer_ms}}
+
+    def begin(
+        self, obs: Mapping[str, Any], *, deadline_ms: float | None = None, **settings: Any
+    ) -> Pending:
+        """Queue an observation; `infer` in two parts."""
+        began = time.monotonic()
+        given = {self._rename.get(key, key): value for key, value in obs.items()}
+        for name in ("image", "state"):
+            if given.get(name) is None:
+                raise InvalidRequest(f"observation.{name}", None, "must be given")
+        goal = given.get("goal")
+        goal = self._goal if goal is None else goal
+        if goal is None:
+            raise InvalidRequest("observation.goal", None, "there is no goal: see `aim`")
+        if deadline_ms is not None:
+            settings = {"budget_ms": deadline_ms * (1 - _SPARE), **settings}
+        state = rows("observation.state", given["state"])[0, -1].numpy()
+        handle = self.engine.submit(
+            video=given["image"],
+            goal_hidden=goal if isinstance(goal, Latents) else None,
+            goal_image=None if isinstance(goal, Latents) else goal,
+            states=state,
+            plan=True,
+            output_modalities=("action",),
+            stream=False,
+            **{**self.settings, **settings},
+        )
+        return Pending(_as_they_are, handle, state, deadline_ms, began)
+
+    def reset(self) -> None:
+        """A new episode begins; the goal stays."""
+
+
+def _as_they_are(actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+    return actions

@@ -1,0 +1,225 @@
+"""A request to V-JEPA 2-AC, laid out in its caller's thread: a flow, and all that it needs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mstar.errors import InvalidRequest
+from mstar.models.base import Inputs
+from mstar.models.vjepa2.ac_config import AcConfig
+from mstar.models.vjepa2.ac_inputs import frames_of, goal_of
+from mstar.models.vjepa2.ac_moves import Course, check_frames, course, extrinsics_of, paired, rows
+from mstar.models.vjepa2.cem import SEARCHED, Cem
+from mstar.models.vjepa2.plan import still_or_clip
+
+__all__ = ["Asked", "Search", "landscape", "lay_out", "search_of", "searching"]
+
+
+_GOALS = ("goal_hidden", "goal_image", "goal_hidden_fill")
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """How to plan.
+
+    Args:
+        noise: float32 `[iterations, horizon, samples, 4]`, or None for that of the seed.
+        budget: seconds, or None.
+    """
+
+    cem: Cem
+    noise: Tensor | None
+    seed: int
+    budget: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What a request comes to.
+
+    Args:
+        flow: `"encode"`, `"pass"`, `"rollout"`, `"score"` (after rollouts), `"plan"` or `"energy"`.
+        seen: frames uint8 `[frames, 3, side, side]`, or latents `[frames, patches, embed_dim]`.
+        clip: whether they are encoded as one clip.
+        moves: actions and states of a single pass, float32 `[samples, frames, 7]`.
+        course: actions and states from the last frame on, of the other flows.
+        extrinsics: float32 `[frames and steps, 6]`.
+        goal: see `goal_of`.
+    """
+
+    flow: str
+    seen: Tensor
+    clip: bool = False
+    moves: tuple[Tensor, Tensor] | None = None
+    course: Course | None = None
+    extrinsics: Tensor | None = None
+    goal: Tensor | None = None
+    search: Search | None = None
+
+
+def lay_out(
+    inputs: Inputs, params: Mapping[str, Any], outputs: Sequence[str], config: AcConfig
+) -> Asked:
+    """The flow that is meant, with what it needs.
+
+    Raises:
+        InvalidRequest: something is missing, wrong or too much.
+    """
+    flow = _flow(params)
+    if "action" in outputs and flow not in ("plan", "pass", "score"):
+        raise InvalidRequest("output_modalities", outputs, "only plan and mpc make actions")
+    if flow == "plan" and "action" not in outputs:
+        raise InvalidRequest("output_modalities", outputs, "a plan is of actions: ask for action")
+    inputs, pictured = _goal_apart(inputs, params, flow)
+    field, value = still_or_clip(inputs)
+    first = None if flow in ("encode", "pass") else params["context_frames"]
+    frames = frames_of(field, value, params["num_frames"], first)
+    if flow == "encode":
+        return Asked(flow, frames, params["clip"] != "frames")
+    if flow in ("plan", "energy"):
+        return searching(
+            frames,
+            rows("states", params["states"]),
+            _goal(pictured, params, config),
+            params,
+            config,
+        )
+    goal = _goal(pictured, params, config) if params["mpc"] else None
+    if flow == "pass":
+        return _single(frames, goal, params, config)
+    horizon, seen = params["rollout_horizon"], len(frames)
+    check_frames("rollout_horizon", horizon, seen - 1 + horizon, config)
+    path = course(
+        rows("actions", params["actions"]), rows("states", params["states"]), seen, horizon
+    )
+    extrinsics = extrinsics_of(params["extrinsics"], config, seen - 1 + horizon)
+    return Asked(flow, frames, course=path, extrinsics=extrinsics, goal=_last(goal))
+
+
+def searching(
+    seen: Tensor, states: Tensor, goal: Tensor, params: Mapping[str, Any], config: AcConfig
+) -> Asked:
+    """A plan, or a map of costs if there is `energy`; actions are only those between the frames
+    that were seen.
+
+    Raises:
+        InvalidRequest: something is missing, wrong or too much.
+    """
+    past, search = len(seen) - 1, None
+    if params.get("energy"):
+        horizon = params["action_repeat"]
+        future = landscape(params["energy"], params["energy_axes"], params["energy_span"], horizon)
+    else:
+        search = search_of(params)
+        horizon = search.cem.horizon
+        future = torch.zeros(1, horizon, 7)
+    check_frames("action_repeat" if search is None else "horizon", horizon, past + horizon, config)
+    known = rows("actions", params["actions"])[:1, :past] if past else future[:1, :0]
+    known = known.expand(len(future), -1, -1)
+    path = course(torch.cat([known, future], 1), states[:1, : past + 1], past + 1, horizon)
+    extrinsics = extrinsics_of(params["extrinsics"], config, past + horizon)
+    flow = "energy" if search is None else "plan"
+    return Asked(flow, seen, course=path, extrinsics=extrinsics, goal=_last(goal), search=search)
+
+
+def search_of(params: Mapping[str, Any]) -> Search:
+    """The planner's settings, of parameters; see `card_ac.PLANNING`."""
+    names = Cem.__dataclass_fields__
+    cem = Cem(**{name: params[name] for name in names if params[name] is not None})
+    shape = cem.iterations, cem.horizon, cem.samples, SEARCHED
+    noise, seed, budget = params["noise"], params["seed"], params["budget_ms"]
+    if noise is not None:
+        if noise.shape != shape:
+            raise InvalidRequest("noise", f"array {noise.shape}", f"must be {list(shape)}")
+        noise = torch.tensor(noise, dtype=torch.float32)
+    seed = secrets.randbits(63) if seed is None else seed
+    return Search(cem, noise, seed, None if budget is None else budget / 1e3)
+
+
+def landscape(points: int, axes: str, span: float, repeat: int) -> Tensor:
+    """Constant actions float32 `[points * points, repeat, 7]`, the first axis slowest."""
+    places = torch.linspace(-span, span, points)
+    actions = torch.zeros(points, points, repeat, 7)
+    actions[..., "xyz".index(axes[0])] = places.view(-1, 1, 1)
+    actions[..., "xyz".index(axes[1])] = places.view(1, -1, 1)
+    return actions.flatten(0, 1)
+
+
+def _flow(params: Mapping[str, Any]) -> str:
+    if params["skip_predictor"]:
+        return "encode"
+    if params["plan"]:
+        return "plan"
+    if params["energy"]:
+        return "energy"
+    if params["mpc"]:
+        return "score" if params["rollout_horizon"] else "pass"
+    return "rollout" if params["rollout_horizon"] > 1 else "pass"
+
+
+def _single(
+    frames: Tensor, goal: Tensor | None, params: Mapping[str, Any], config: AcConfig
+) -> Asked:
+    """A single pass: one action and one state for each frame, or for each tubelet of a clip."""
+    count = rows("actions", params["actions"]).shape[1]
+    lengths = {
+        "frames": len(frames),
+        "natural": max(1, len(frames) // config.tubelet_size),
+    }
+    fitting = [kind for kind, length in lengths.items() if length == count]
+    kind = params["clip"] or (fitting[0] if fitting else None)
+    if kind not in fitting:
+        allowed = (
+            f"must be {lengths['natural']}, one a tubelet, or {lengths['frames']}, one a frame"
+        )
+        if kind is not None:
+            allowed = f"must be {lengths[kind]} with clip={kind}"
+        raise InvalidRequest("actions", f"{count} rows", allowed)
+    moves = paired(params["actions"], params["states"], count)
+    check_frames("actions", f"{count} rows", count, config)
+    if goal is not None and goal.dtype != torch.uint8 and len(goal) not in (1, count):
+        allowed = f"must be of 1 or of all {count} frames"
+        raise InvalidRequest("goal_hidden", f"{len(goal)} frames", allowed)
+    extrinsics = extrinsics_of(params["extrinsics"], config, count)
+    return Asked("pass", frames, kind == "natural", moves, extrinsics=extrinsics, goal=goal)
+
+
+def _goal_apart(
+    inputs: Inputs, params: Mapping[str, Any], flow: str
+) -> tuple[Inputs, Sequence[Any]]:
+    """What is seen, and the images that show the goal: those beside a video or, where a goal is
+    needed and not given otherwise, the last of several images."""
+    images = list(inputs.images)
+    if inputs.video:
+        return Inputs(video=inputs.video), images
+    given = any(params[name] is not None for name in _GOALS)
+    if len(images) > 1 and not given and (params["mpc"] or flow in ("plan", "energy")):
+        return Inputs(images=images[:-1]), images[-1:]
+    return inputs, ()
+
+
+def _goal(pictured: Sequence[Any], params: Mapping[str, Any], config: AcConfig) -> Tensor:
+    given = {**{name: params[name] for name in _GOALS}, "images": pictured or None}
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        raise InvalidRequest("goal_image", None, "a goal is needed: an image, or goal_hidden")
+    if len(names) > 1:
+        raise InvalidRequest(names[1], "given", f"the goal is given as {names[0]} already")
+    (name,) = names
+    if name == "goal_hidden_fill":
+        return torch.full((1, config.patches, config.embed_dim), given[name])
+    if name == "images":
+        if len(given[name]) != 1:
+            raise InvalidRequest(name, f"{len(given[name])} images", "the goal is one image")
+        return goal_of("goal_image", given[name][0], config)
+    return goal_of(name, given[name], config)
+
+
+def _last(goal: Tensor | None) -> Tensor | None:
+    return None if goal is None else goal[-1:]

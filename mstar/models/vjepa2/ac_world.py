@@ -1,0 +1,337 @@
+"""What V-JEPA 2-AC can do, as coroutines above its nodes: see, predict, imagine, score, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mstar.engine.captured import CapturedSteps, record
+from mstar.engine.node import Node
+from mstar.engine.traps import gather
+from mstar.models.vjepa2.ac_networks import AcNetworks
+from mstar.models.vjepa2.ac_predictor import Frames
+from mstar.models.vjepa2.ac_requests import Asked, Search
+from mstar.models.vjepa2.cem import SEARCHED
+from mstar.models.vjepa2.goals import cost
+from mstar.models.vjepa2.planner_budget import Budget
+from mstar.models.vjepa2.poses import trajectory
+from mstar.models.vjepa2.rollout import Finish, Rollouts, Start, Step, run_through
+
+__all__ = ["Found", "WorldModel"]
+
+_FEW_FRAMES = 16  # whose encoding is worth a captured step
+_ROOM = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of one batch: activations, and cached frames
+
+
+@dataclass(frozen=True, eq=False)
+class _Seeing:
+    frames: Tensor  # uint8 [frames, 3, side, side]
+    clip: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A rollout in one piece, or the costs at its end if there is a goal."""
+
+    latents: Tensor
+    actions: Tensor
+    states: Sequence[Tensor]
+    goal: Tensor | None = None
+    kind: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search came to.
+
+    Args:
+        actions: float32 `[horizon, 7]`.
+        costs: of the candidates of each iteration, `[samples]`; a last one that was cut short has
+            fewer.
+        states: that the actions lead through, each `[1, 7]`, the present one first.
+    """
+
+    actions: Tensor
+    costs: list[Tensor]
+    states: list[Tensor]
+
+
+class WorldModel:
+    """Nodes `encode`, `predict` and `imagine`, and the flows through them.
+
+    Rollouts are steps of `predict`, so others take turns with them, but where steps are captured:
+    then they are one step of `imagine`, all of it.
+
+    Frames are uint8 `[frames, 3, side, side]`. Latents are `[frames, patches, embed_dim]`, on the
+    device. Where a flow sees something, it may be either.
+    """
+
+    def __init__(self, networks: AcNetworks, captured: CapturedSteps | None = None) -> None:
+        self.networks, self.predictor = networks, networks.predictor
+        self.config, self.device = networks.config, networks.device
+        self.encode = Node("encode", self._encode, key=_alike, cost=_frames, max_cost=64)
+        if captured is None and self.device.type == "cuda":
+            captured = CapturedSteps(record(), self.device)
+        self.captured = captured
+        self.whole = Node("imagine", self._imagine, max_batch=1)
+        most = self._size(1, 0)
+        self.predict = Node("predict", self._predict, key=_same_place, cost=_samples, max_cost=most)
+
+    @torch.inference_mode()
+    def _encode(self, batch: list[_Seeing]) -> list[Tensor]:
+        frames = [call.frames.to(self.device) for call in batch]
+        if batch[0].clip:
+            return [self.networks.encode_clip(each) for each in frames]
+        together = torch.cat(frames)
+        if self.captured is None or len(together) > _FEW_FRAMES:
+            found = self.networks.encode_frames(together)
+        else:
+            (found,) = self.captured.run(self._see, together, key="encode")
+            found = found.clone()
+        return list(found.split([len(each) for each in frames]))
+
+    @torch.inference_mode()
+    def _predict(self, batch: list[Step]) -> list[Tensor]:
+        hidden = self.predictor([call.frames for call in batch])
+        return [call.finish(each) for call, each in zip(batch, hidden, strict=True)]
+
+    def _see(self, frames: Tensor) -> tuple[Tensor]:
+        return (self.networks.encode_frames(frames),)
+
+    @torch.inference_mode()
+    def _imagine(self, batch: list[_Whole]) -> list[Tensor]:
+        found = []
+        for call in batch:
+            kind, scored = call.kind, call.goal is not None
+            given = (call.latents, *([call.goal] if scored else []), call.actions, *call.states)
+
+            def step(latents: Tensor, *rest: Tensor, scored=scored, kind=kind) -> tuple[Tensor]:
+                goal, rest = (rest[0], rest[1:]) if scored else (None, rest)
+                actions, *states = rest
+                rollouts = Rollouts(self.predictor, Start(latents, actions[0, :0], actions[0, :0]))
+                if goal is not None:
+                    steps = rollouts.roll(actions, states, self._cost(goal, kind))
+                    return (run_through(self.predictor, steps),)
+                kept: list[Tensor] = []
+                run_through(self.predictor, rollouts.roll(actions, states), kept.append)
+                return (torch.cat(kept, 1),)
+
+            (made,) = self.captured.run(step, *given, key=("imagine", scored, kind))
+            found.append(made.clone())
+        return found
+
+    def _cost(self, goal: Tensor, kind: str) -> Finish:
+        """What the last step of a rollout makes of its hidden states, to score it."""
+        predictor, eps = self.predictor, self.config.reps_layer_norm_eps
+        return lambda hidden: cost(predictor.latents(hidden)[:, 0], goal, kind, eps)
+
+    # -- flows -------------------------------------------------------------------------------
+
+    async def see(self, seen: Tensor, clip: bool = False) -> Tensor:
+        """The latents of frames; latents as they are."""
+        if seen.dtype == torch.uint8:
+            return await self.encode(_Seeing(seen, clip))
+        return seen.to(self.device)
+
+    async def one_pass(
+        self,
+        latents: Tensor,
+        actions: Tensor,
+        states: Tensor,
+        extrinsics: Tensor | None = None,
+        finish: Finish | None = None,
+    ) -> Tensor:
+        """What follows each of the frames, for several candidates: latents `[samples, frames,
+        patches, embed_dim]`, not normed.
+
+        Args:
+            actions, states: float32 `[samples, frames, 7]`.
+            extrinsics: float32 `[frames, 6]`.
+            finish: makes something else of hidden states.
+        """
+        if extrinsics is not None:
+            extrinsics = self.here(extrinsics)[None]
+        actions, states, found = self.here(actions), self.here(states), []
+        for part in self._parts(len(actions), actions.shape[1], 0):
+            frames = Frames(latents[None], actions[part], states[part], extrinsics)
+            found.append(await self.predict(Step(frames, finish or self.predictor.latents)))
+        return torch.cat(found)
+
+    async def begin(self, asked: Asked) -> tuple[Rollouts, Tensor | None]:
+        """Rollouts from what is seen, for `imagine`, `score` and `plan`, and the goal `[patches,
+        embed_dim]`, if there is one."""
+        path, seen = asked.course, [asked.seen, *([] if asked.goal is None else [asked.goal])]
+        latents, *goals = await gather(*map(self.see, seen))
+        given = (path.past_actions, path.past_states, asked.extrinsics)
+        known = (None if each is None else self.here(each) for each in given)
+        rollouts = Rollouts(self.predictor, Start(latents, *known))
+        await self._walk(rollouts.prefix())
+        return rollouts, goals[0][-1] if goals else None
+
+    async def imagine(
+        self,
+        rollouts: Rollouts,
+        actions: Tensor,
+        states: Sequence[Tensor],
+        each: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Latents `[samples, horizon, patches, embed_dim]` after each action, normed.
+
+        Args:
+            actions: float32 `[samples, horizon, 7]`.
+            states: before each action, float32 `[samples or 1, 7]`.
+            each: is given the latents `[samples, patches, embed_dim]` of every step as soon as
+                they are there, if all samples fit into one batch.
+        """
+        parts = list(self._parts(len(actions), 1, rollouts.start.past + actions.shape[1]))
+        tell = each if len(parts) == 1 else None
+        found = []
+        for part in parts:
+            if tell is None and self._capturing(rollouts):
+                given = self.here(actions[part]), self._rows(states, part)
+                found.append(await self.whole(_Whole(rollouts.start.latents, *given)))
+                continue
+            steps: list[Tensor] = []
+
+            def keep(latents: Tensor, steps: list[Tensor] = steps) -> None:
+                steps.append(latents[:, 0])
+                if tell is not None:
+                    tell(steps[-1])
+
+            await self._walk(
+                rollouts.roll(self.here(actions[part]), self._rows(states, part)), keep
+            )
+            found.append(torch.stack(steps, 1))
+        whole = torch.cat(found)
+        if each is not None and tell is None:
+            for latents in whole.unbind(1):
+                each(latents)
+        return whole
+
+    async def score(
+        self,
+        rollouts: Rollouts,
+        actions: Tensor,
+        states: Sequence[Tensor],
+        goal: Tensor,
+        kind: str = "l1",
+        clock: Budget | None = None,
+    ) -> Tensor:
+        """How far from the goal the actions lead, float32 `[samples]`; of the first samples only,
+        if the clock says so.
+
+        Args:
+            actions, states: see `imagine`.
+            goal: `[patches, embed_dim]`.
+            kind: see `cost`.
+        """
+        size = self._size(1, rollouts.start.past + actions.shape[1])
+        found, done = [], 0
+        while done < len(actions):
+            count = min(size, len(actions) - done)
+            if clock is not None and (count := clock.fits(count)) and self._capturing(rollouts):
+                count = 1 << (count.bit_length() - 1)  # so that there are few shapes
+            if not count:
+                break
+            part = slice(done, done + count)
+            given = self.here(actions[part]), self._rows(states, part)
+            if self._capturing(rollouts):
+                call = _Whole(rollouts.start.latents, *given, goal, kind)
+                found.append(await self.whole(call))
+            else:
+                steps = rollouts.roll(*given, self._cost(goal, kind))
+                found.append(await self._walk(steps))
+            done += count
+            if clock is not None:
+                clock.took(count, self.device)
+        return torch.cat(found) if found else torch.empty(0, device=self.device)
+
+    async def plan(self, asked: Asked, rollouts: Rollouts, goal: Tensor, began: float) -> Found:
+        """Search for the actions that lead to the goal.
+
+        Args:
+            rollouts, goal: of `begin`.
+            began: when the budget began, of `time.monotonic`.
+        """
+        search, cem = asked.search, asked.search.cem
+        clock = None if search.budget is None else Budget(began + search.budget, cem.topk)
+        mean, std = cem.start(self.device)
+        state, costs = self.here(asked.course.states[0]), []
+        for noise in self._noise(search):
+            actions = cem.candidates(mean, std, noise)
+            states = trajectory(state, actions[:, :-1])
+            scored = await self.score(rollouts, actions, states, goal, clock=clock)
+            if len(scored) >= cem.topk:
+                mean, std = cem.update(mean, std, actions[: len(scored)], scored)
+                costs.append(scored)
+            if len(scored) < cem.samples:
+                break
+        actions = cem.plan(mean)
+        return Found(actions, costs, trajectory(state, actions.unsqueeze(0)))
+
+    def _noise(self, search: Search) -> Iterator[Tensor]:
+        """Normal noise for every iteration; that of a seed is drawn on the device."""
+        if search.noise is not None:
+            yield from map(self.here, search.noise)
+            return
+        cem, generator = search.cem, torch.Generator(self.device).manual_seed(search.seed)
+        for _ in range(cem.iterations):
+            shape = cem.horizon, cem.samples, SEARCHED
+            yield torch.randn(shape, generator=generator, device=self.device)
+
+    # -- how -----------------------------------------------------------------------------------
+
+    async def _walk(
+        self, steps: Generator[Step, Tensor, Tensor], each: Callable[[Tensor], None] | None = None
+    ) -> Tensor | None:
+        """Run steps; what they return."""
+        try:
+            step = next(steps)
+            while True:
+                found = await self.predict(step)
+                if each is not None:
+                    each(found)
+                step = steps.send(found)
+        except StopIteration as end:
+            return end.value
+
+    def here(self, tensor: Tensor) -> Tensor:
+        """A tensor as float32 on the device."""
+        return tensor.to(self.device, torch.float32)
+
+    def _capturing(self, rollouts: Rollouts) -> bool:
+        start = rollouts.start
+        return self.captured is not None and not start.past and start.extrinsics is None
+
+    def _rows(self, states: Sequence[Tensor], part: slice) -> list[Tensor]:
+        return [self.here(each if len(each) == 1 else each[part]) for each in states]
+
+    def _size(self, frames: int, cached: int) -> int:
+        """Samples in a batch: of so many frames at a time, with a cache for so many."""
+        sizes, item = self.config.predictor, self.predictor.predictor_norm.weight.itemsize
+        kept = 2 * self.config.pred_depth * sizes.width * cached if cached > 1 else 0
+        each = (kept + 2 * frames * (sizes.hidden + sizes.width)) * self.predictor.frame_tokens
+        return max(1, _ROOM[self.device.type] // (each * item))
+
+    def _parts(self, samples: int, frames: int, cached: int) -> Iterator[slice]:
+        size = self._size(frames, cached)
+        return (slice(first, first + size) for first in range(0, samples, size))
+
+
+def _frames(call: _Seeing) -> int:
+    return len(call.frames)
+
+
+def _alike(call: _Seeing) -> tuple[bool, torch.Size]:
+    return call.clip, call.frames.shape[-2:]
+
+
+def _samples(step: Step) -> int:
+    return step.frames.samples * step.frames.count
+
+
+def _same_place(step: Step) -> tuple[int, int]:
+    return step.frames.first, step.frames.count

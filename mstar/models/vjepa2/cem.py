@@ -1,0 +1,133 @@
+"""The cross-entropy method over actions (V-JEPA 2, arXiv 2506.09985, section 4.2).
+
+Candidates are drawn around a mean; the best of them make the next mean. Only x, y, z and the
+gripper are searched. A plan is a function of the noise. Nothing here asks a tensor for its value,
+so all of it stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from mstar.errors import InvalidRequest
+
+__all__ = ["SEARCHED", "Cem"]
+
+SEARCHED = 4  # numbers of an action: x, y, z, gripper
+_MOST_GRIPPER, _LEAST_GRIPPER = 0.75, 0.25
+
+
+@dataclass(frozen=True)
+class Cem:
+    """How to plan; the defaults are those of the published planner.
+
+    Args:
+        samples: candidates in an iteration.
+        horizon: actions of a plan.
+        topk: how many of the best make the next mean.
+        maxnorm: the most that x, y and z each may change in one action, in metres.
+        momentum_mean, momentum_std: how much of the last mean and deviation stays.
+        momentum_mean_gripper, momentum_std_gripper: likewise, of the gripper.
+        axis: index of x, y, z, gripper -> the value that it always has.
+        close_gripper: the action from which on the gripper is told to close.
+
+    Raises:
+        InvalidRequest: a value that makes no sense.
+    """
+
+    samples: int = 400
+    horizon: int = 2
+    iterations: int = 10
+    topk: int = 10
+    maxnorm: float = 0.05
+    momentum_mean: float = 0.15
+    momentum_std: float = 0.15
+    momentum_mean_gripper: float = 0.15
+    momentum_std_gripper: float = 0.15
+    axis: Mapping[int, float] = field(default_factory=dict)
+    close_gripper: int | None = None
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            name, value = entry.name, getattr(self, entry.name)
+            if entry.type == "int":
+                self._check(name, isinstance(value, int) and value >= 1, "at least 1")
+            elif name.startswith("momentum"):
+                self._check(name, _number(value) and 0 <= value <= 1, "from 0 to 1")
+        self._check("maxnorm", _number(self.maxnorm) and 0 < self.maxnorm < 1e3, "above 0")
+        self._check("topk", 2 <= self.topk <= self.samples, f"from 2 to the {self.samples} samples")
+        close = self.close_gripper
+        good = close is None or (isinstance(close, int) and close >= 0)
+        self._check("close_gripper", good, "an action's index, or None")
+        axis = self.axis
+        good = isinstance(axis, Mapping) and all(
+            index in range(SEARCHED) and _number(value) for index, value in axis.items()
+        )
+        self._check("axis", good, "an object of 0, 1, 2 (x, y, z) or 3 (gripper) to a number")
+
+    def _check(self, name: str, good: bool, allowed: str) -> None:
+        value = getattr(self, name)
+        if not good or isinstance(value, bool):
+            raise InvalidRequest(name, value, f"must be {allowed}")
+
+    def start(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation before the first iteration, float32 `[horizon, 4]`."""
+        mean = torch.zeros(self.horizon, SEARCHED, device=device)
+        for index, value in self.axis.items():
+            mean[:, index] = value
+        std = torch.full_like(mean, self.maxnorm)
+        std[:, 3] = 1.0
+        return mean, std
+
+    def candidates(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Actions float32 `[samples, horizon, 7]` of noise `[horizon, samples, 4]`."""
+        drawn = noise * std.unsqueeze(1) + mean.unsqueeze(1)
+        drawn[..., :3].clamp_(-self.maxnorm, self.maxnorm)
+        drawn[..., 3].clamp_(-_MOST_GRIPPER, _MOST_GRIPPER)
+        for index, value in self.axis.items():
+            drawn[..., index] = value
+        actions = _actions(drawn).transpose(0, 1)
+        if self.close_gripper is not None:
+            actions[:, self.close_gripper :, 6] = 1.0
+        return actions
+
+    def update(
+        self, mean: Tensor, std: Tensor, actions: Tensor, costs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and deviation after an iteration.
+
+        Args:
+            actions: of the candidates, `[samples, horizon, 7]`.
+            costs: theirs, `[samples]`.
+        """
+        best = actions[costs.topk(self.topk, largest=False).indices]
+        best = torch.cat([best[..., :3], best[..., 6:]], -1)
+        keep = torch.full_like(mean[0], self.momentum_mean)
+        keep[3] = self.momentum_mean_gripper
+        keep_std = torch.full_like(keep, self.momentum_std)
+        keep_std[3] = self.momentum_std_gripper
+        mean = (1 - keep) * best.mean(0) + keep * mean
+        return mean, (1 - keep_std) * best.std(0) + keep_std * std
+
+    def plan(self, mean: Tensor) -> Tensor:
+        """Actions float32 `[horizon, 7]`; a gripper that hardly moves does not move."""
+        found = _actions(mean)
+        found[:, 6].masked_fill_(found[:, 6].abs() < _LEAST_GRIPPER, 0.0)
+        return found
+
+
+def _actions(searched: Tensor) -> Tensor:
+    """Actions `[..., 7]` of x, y, z and gripper."""
+    actions = searched.new_zeros(*searched.shape[:-1], 7)
+    actions[..., :3] = searched[..., :3]
+    actions[..., 6] = searched[..., 3]
+    return actions
+
+
+def _number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -1e9 < value < 1e9

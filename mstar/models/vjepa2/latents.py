@@ -1,0 +1,61 @@
+"""Latents that stay where the engine computes: encoded once, used as often as one likes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mstar.errors import InvalidRequest
+
+__all__ = ["Latents", "latents_of"]
+
+
+class Latents:
+    """A handle on latents, of `Engine.encode` or `Engine.predict`.
+
+    Args:
+        tensor: on the engine's device.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the latents."""
+        return tuple(self.tensor.shape)
+
+    def numpy(self) -> np.ndarray:
+        """The latents, float32."""
+        return self.tensor.float().cpu().numpy()
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.numpy().astype(dtype or np.float32, copy=False)
+
+    def __repr__(self) -> str:
+        return f"Latents(shape={list(self.shape)})"
+
+
+def latents_of(field: str, value: Any) -> Tensor:
+    """The latents that were given: a handle, a tensor, or an array of finite numbers.
+
+    Raises:
+        InvalidRequest: it is something else.
+    """
+    if isinstance(value, Latents):
+        return value.tensor
+    try:
+        found = (
+            value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
+        )
+        if not found.is_floating_point() or not found.isfinite().all():
+            raise ValueError
+    except (TypeError, ValueError):
+        raise InvalidRequest(field, type(value).__name__, "must be finite latents") from None
+    return found.detach()

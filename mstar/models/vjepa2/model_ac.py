@@ -1,0 +1,173 @@
+"""V-JEPA 2-AC: frames are encoded, and what comes after a robot's actions is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mstar.engine.node import Node
+from mstar.engine.request import Request
+from mstar.errors import InvalidRequest
+from mstar.models.base import Inputs, Model, Setup
+from mstar.models.vjepa2.ac_networks import AcNetworks, load_ac_networks
+from mstar.models.vjepa2.ac_requests import Asked, lay_out
+from mstar.models.vjepa2.ac_world import WorldModel
+from mstar.models.vjepa2.goals import cost
+from mstar.models.vjepa2.rollout import Rollouts
+
+__all__ = ["VJepa2Ac"]
+
+
+class VJepa2Ac(Model):
+    """Nodes `encode`, `predict` and `imagine`; see `WorldModel`."""
+
+    def __init__(self, networks: AcNetworks) -> None:
+        self.networks = (networks,)
+        self.config = networks.config
+        self.world = WorldModel(networks)
+
+    @classmethod
+    def load(cls, setup: Setup) -> VJepa2Ac:
+        """See `Model.load`."""
+        return cls(
+            load_ac_networks(
+                setup.folders["vjepa2_ac"],
+                device=setup.device,
+                dtype=setup.dtype,
+                dummy=setup.dummy,
+                progress=setup.progress,
+            )
+        )
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """See `Model.nodes`."""
+        return self.world.encode, self.world.predict, self.world.whole
+
+    def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Asked:
+        """See `Model.prepare`."""
+        return lay_out(inputs, params, outputs, self.config)
+
+    # -- the walk ----------------------------------------------------------------------------
+
+    async def walk(self, request: Request) -> str:
+        """Encode what is looked at, and follow the flow."""
+        asked: Asked = request.inputs
+        if asked.flow == "encode":
+            seen = await self.world.see(asked.seen, asked.clip)
+            _give(request, seen.flatten(0, 1)[None])
+        elif asked.flow == "pass":
+            await self._pass(request, asked)
+        else:
+            flow = getattr(self, f"_{asked.flow}")
+            await flow(request, asked, *await self.world.begin(asked))
+        return "stop"
+
+    async def _pass(self, request: Request, asked: Asked) -> None:
+        """One prediction after each frame, or the costs of candidates over all of them."""
+        latents = await self.world.see(asked.seen, asked.clip)
+        goal = None if asked.goal is None else await self.world.see(asked.goal, asked.clip)
+        found = await self.world.one_pass(latents, *asked.moves, asked.extrinsics)
+        found = found.flatten(1, 2)
+        if goal is None:
+            _give(request, found, name="predicted")
+            return
+        eps = None
+        if not asked.clip:
+            eps = self.config.reps_layer_norm_eps
+        if len(goal) == 1:  # of the last frame
+            costs = cost(found[:, -self.config.patches :], goal[0], request.params["cost"], eps)
+        else:
+            costs = cost(found, goal.flatten(0, 1), request.params["cost"], eps)
+        self._choose(request, asked.moves[0], costs, found)
+
+    async def _rollout(
+        self, request: Request, asked: Asked, rollouts: Rollouts, goal: None
+    ) -> None:
+        step = iter(range(1, asked.course.actions.shape[1] + 1))
+
+        def each(latents: Tensor) -> None:
+            _give(request, latents, name="predicted", step=next(step))
+
+        live = request.params["stream_rollout"]
+        path = asked.course
+        found = await self.world.imagine(
+            rollouts, path.actions, path.states, each if live else None
+        )
+        if not live:
+            for latents in found.unbind(1):
+                each(latents)
+
+    async def _score(
+        self, request: Request, asked: Asked, rollouts: Rollouts, goal: Tensor
+    ) -> None:
+        path, params = asked.course, request.params
+        if params["return_latents"] is not False:
+            found = (await self.world.imagine(rollouts, path.actions, path.states))[:, -1]
+            costs = cost(found, goal, params["cost"], None)
+        else:
+            found = None
+            costs = await self.world.score(
+                rollouts, path.actions, path.states, goal, params["cost"]
+            )
+        self._choose(request, path.actions, costs, found)
+
+    async def _energy(
+        self, request: Request, asked: Asked, rollouts: Rollouts, goal: Tensor
+    ) -> None:
+        path, params = asked.course, request.params
+        costs = await self.world.score(rollouts, path.actions, path.states, goal, params["cost"])
+        grid = costs.unflatten(0, (params["energy"], -1))
+        _give(request, grid, name="energy", axes=params["energy_axes"], span=params["energy_span"])
+
+    async def _plan(self, request: Request, asked: Asked, rollouts: Rollouts, goal: Tensor) -> None:
+        found = await self.world.plan(asked, rollouts, goal, request.submitted)
+        actions = found.actions.cpu().numpy()
+        form = {"dtype": "float32", "shape": list(actions.shape)}
+        request.emit_actions(actions, iterations=len(found.costs), **form)
+        if "latent" in request.output_modalities:
+            for iteration, costs in enumerate(found.costs):
+                _give(request, costs, name="costs", iteration=iteration)
+            if request.params["return_latents"]:
+                planned = found.actions.unsqueeze(0)
+                _give(
+                    request,
+                    await self.world.imagine(rollouts, planned, found.states),
+                    name="predicted",
+                )
+
+    def _choose(
+        self, request: Request, actions: Tensor, costs: Tensor, found: Tensor | None
+    ) -> None:
+        """Give the costs of candidates, the best of them, and what they lead to."""
+        best = int(costs.argmin())
+        if "latent" in request.output_modalities:
+            _give(request, costs, name="costs", best_index=best)
+            if found is not None and request.params["return_latents"] is not False:
+                _give(request, found, name="predicted")
+        if "action" in request.output_modalities:
+            request.emit_actions(actions[best].cpu().numpy(), best_index=best)
+
+    def world_of(self, engine: Any) -> Any:
+        """See `Model.world_of`: an `AcWorld`."""
+        from mstar.models.vjepa2.ac_methods import AcWorld
+
+        return AcWorld(engine)
+
+    def policy_of(self, engine: Any, robot: Any, rename: Mapping[str, str] | None) -> Any:
+        """See `Model.policy_of`: a `PlanningPolicy`; `robot` is its settings."""
+        from mstar.models.vjepa2.ac_policy import PlanningPolicy
+
+        if robot is None:  # a server asks, to show a policy that needs no more than observations
+            raise NotImplementedError("a plan needs settings: engine.policy({'goal': image, ...})")
+        if not isinstance(robot, Mapping):
+            allowed = "must be settings of engine.plan: {'goal': image, 'samples': 100, ...}"
+            raise InvalidRequest("robot", robot, allowed)
+        return PlanningPolicy(engine, robot, rename)
+
+
+def _give(request: Request, latents: Tensor, **metadata: Any) -> None:
+    array = latents.float().cpu().numpy()
+    request.emit_latents(array, dtype="float32", shape=list(array.shape), **metadata)

@@ -1,0 +1,146 @@
+"""A request, laid out in the caller's thread: its frames, and the tokens that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mstar.errors import InvalidRequest
+from mstar.io.rgb import shown
+from mstar.io.video import Video, open_video
+from mstar.models.base import Inputs
+from mstar.models.vjepa2.preprocess import PixelRule, cropped
+
+__all__ = ["MOST_FRAMES", "Masks", "chosen", "frames_of", "masks_of", "still_or_clip"]
+
+MOST_FRAMES = 1024
+_LONGEST = 3600.0  # seconds of a file
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """Which tokens the predictor sees, and which it predicts: int64 `[tokens]`, on the CPU."""
+
+    context: Tensor
+    targets: Tensor
+
+
+def still_or_clip(inputs: Inputs) -> tuple[str, Any]:
+    """The field that holds the one clip of a request, and what it holds.
+
+    Several images are the frames of a clip; a single one stands still.
+
+    Raises:
+        InvalidRequest: there is none, or more than one.
+    """
+    if inputs.images and inputs.video:
+        raise InvalidRequest("images", f"{len(inputs.images)} images", "give images or a video")
+    field = "images" if inputs.images else "video"
+    values = list(getattr(inputs, field))
+    if not values:
+        raise InvalidRequest("video", None, "nothing was given")
+    return field, values[0] if len(values) == 1 else values
+
+
+def frames_of(
+    field: str,
+    value: Any,
+    rule: PixelRule,
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    usual: int | None = None,
+    tubelet: int = 1,
+) -> Tensor:
+    """Frames uint8 `[frames, 3, crop, crop]` of a clip.
+
+    Args:
+        field: to name in errors.
+        value: see `open_video`.
+        num_frames, fps: see `chosen`.
+        usual: the most frames that are taken from a file, if nobody says; None for all.
+        tubelet: a video must have as many frames; images need not.
+
+    Raises:
+        InvalidRequest: it is no clip, a broken one, or too short or too long.
+    """
+    if isinstance(value, list) and any(getattr(item, "ndim", 0) == 4 for item in value):
+        allowed = "one clip a request; generate_batch takes several requests"
+        raise InvalidRequest(field, f"{len(value)} clips", allowed)
+    try:
+        video = open_video(value, _LONGEST)
+        in_file = isinstance(value, (str, PathLike, bytes, bytearray, memoryview, tuple))
+        places = chosen(video, num_frames, fps, usual if in_file else None)
+        if len(places) > MOST_FRAMES:
+            raise ValueError(f"{len(places)} frames of at most {MOST_FRAMES}; set num_frames")
+        if field == "video" and len(places) < tubelet:
+            raise ValueError(
+                f"it has {len(places)} of the {tubelet} frames of a tubelet; "
+                "a frame that stands still goes into images"
+            )
+        frames = cropped(video.images(places), rule)
+    except InvalidRequest:
+        raise
+    except ValueError as error:
+        raise InvalidRequest(field, shown(value), str(error)) from None
+    if len(frames) < len(places):
+        allowed = f"it is broken: {len(frames)} of {len(places)} frames can be read"
+        raise InvalidRequest(field, shown(value), allowed)
+    return frames
+
+
+def chosen(
+    video: Video, num_frames: int | None, fps: float | None, usual: int | None
+) -> Sequence[int]:
+    """The frames that are taken, evenly from the first on, as published.
+
+    Args:
+        num_frames: how many.
+        fps: or how many of a second.
+        usual: or at most so many.
+
+    Raises:
+        InvalidRequest: there are not so many, or nobody knows how many a second has.
+        ValueError: there are none at all.
+    """
+    if not video.count:
+        raise ValueError("it has no frames")
+    if fps is not None:
+        if video.fps is None:
+            raise InvalidRequest("fps", fps, "only files of videos say how long a frame is shown")
+        count = max(1, int(video.count / video.fps * fps))
+    else:
+        count = num_frames or min(video.count, usual or video.count)
+    if count > video.count:
+        given = ("num_frames", num_frames) if fps is None else ("fps", fps)
+        raise InvalidRequest(*given, f"there are {video.count} frames")
+    return [k * video.count // count for k in range(count)]
+
+
+def masks_of(params: Mapping[str, Any], tokens: int, end: int) -> Masks | None:
+    """The masks that were given, checked against a clip of so many tokens.
+
+    Args:
+        end: targets may lie behind the clip, up to here.
+
+    Raises:
+        InvalidRequest: a token is out of range, or there are too many.
+    """
+    if params["context_mask"] is None:
+        return None
+    limits = {"context_mask": tokens, "target_mask": end}
+    for field, limit in limits.items():
+        ids = params[field]
+        if ids.max() >= limit:
+            allowed = f"{ids.max()} is out of range; the clip has the tokens 0 to {tokens - 1}"
+            if field == "target_mask":
+                allowed += f", and its future ends with {end - 1}"
+            raise InvalidRequest(field, f"{len(ids)} tokens", allowed)
+        if len(ids) > limit:
+            raise InvalidRequest(field, f"{len(ids)} tokens", f"must be at most {limit}")
+    return Masks(*(torch.from_numpy(params[field]) for field in limits))

@@ -1,0 +1,63 @@
+"""Poses of an end effector: x, y, z, the angles roll, pitch, yaw, and how closed the gripper is.
+
+Angles are extrinsic x-y-z Euler angles in radians: R = Rz(yaw) Ry(pitch) Rx(roll). Everything is
+computed in float64 and given in the dtype of the pose.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["difference", "integrate", "trajectory"]
+
+
+def integrate(pose: Tensor, delta: Tensor) -> Tensor:
+    """The pose `[..., 7]` after a change `[..., 7]`, with canonical angles: |pitch| <= pi / 2."""
+    before, change = torch.broadcast_tensors(pose.double(), delta.double())
+    position = before[..., :3] + change[..., :3]
+    turned = _angles(_matrix(change[..., 3:6]) @ _matrix(before[..., 3:6]))
+    gripper = (before[..., 6:] + change[..., 6:]).clamp(0, 1)
+    return torch.cat([position, turned, gripper], -1).to(pose.dtype)
+
+
+def difference(before: Tensor, after: Tensor) -> Tensor:
+    """The change `[..., 7]` that leads from one pose to the other."""
+    first, second = before.double(), after.double()
+    turned = _matrix(second[..., 3:6]) @ _matrix(first[..., 3:6]).transpose(-1, -2)
+    moved = second[..., :3] - first[..., :3]
+    return torch.cat([moved, _angles(turned), second[..., 6:] - first[..., 6:]], -1).to(after.dtype)
+
+
+def trajectory(pose: Tensor, actions: Tensor) -> list[Tensor]:
+    """The pose `[1, 7]`, and the poses `[samples, 7]` after each of the actions `[samples, steps,
+    7]`: those of `integrate`, rounded once."""
+    if not actions.shape[1]:
+        return [pose]
+    before, changes = pose.double(), actions.double()
+    turns, turned, grips = _matrix(changes[..., 3:6]), [_matrix(before[:, 3:6])], [before[:, 6]]
+    for step in range(actions.shape[1]):
+        turned.append(turns[:, step] @ turned[-1])
+        grips.append((grips[-1] + changes[:, step, 6]).clamp(0, 1))
+    position = before[:, None, :3] + changes[..., :3].cumsum(1)
+    angles, gripper = _angles(torch.stack(turned[1:], 1)), torch.stack(grips[1:], 1).unsqueeze(-1)
+    return [pose, *torch.cat([position, angles, gripper], -1).to(pose.dtype).unbind(1)]
+
+
+def _matrix(angles: Tensor) -> Tensor:
+    """Rotation matrices `[..., 3, 3]` of angles `[..., 3]`."""
+    (a, b, c), (sa, sb, sc) = angles.cos().unbind(-1), angles.sin().unbind(-1)
+    rows = (
+        *(c * b, c * sb * sa - sc * a, c * sb * a + sc * sa),
+        *(sc * b, sc * sb * sa + c * a, sc * sb * a - c * sa),
+        *(-sb, b * sa, b * a),
+    )
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def _angles(r: Tensor) -> Tensor:
+    """Angles `[..., 3]` of rotation matrices `[..., 3, 3]`."""
+    roll = torch.atan2(r[..., 2, 1], r[..., 2, 2])
+    pitch = torch.atan2(-r[..., 2, 0], torch.hypot(r[..., 0, 0], r[..., 1, 0]))
+    yaw = torch.atan2(r[..., 1, 0], r[..., 0, 0])
+    return torch.stack([roll, pitch, yaw], -1)

@@ -1,0 +1,157 @@
+"""Qwen3-Omni behind OpenAI's routes, driven by openai-python with strict types."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import soundfile
+
+from mstar import Engine
+from mstar.http import create_app
+from mstar.http.openai.surfaces import surfaces_of
+from mstar.models import registry
+from tests.http.conftest import Site, serving
+from tests.http.pictures import data_url, strict
+
+MODEL = "qwen3_omni-tiny"
+HELLO = [{"role": "user", "content": "Say hello."}]
+SHORT = {"model": MODEL, "seed": 3, "max_completion_tokens": 6}
+SPOKEN = {"modalities": ["text", "audio"], "audio": {"voice": "Chelsie", "format": "wav"}}
+BRIEF, LONGER = {"talker_max_tokens": 5}, {"talker_max_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def omni() -> Iterator[Site]:
+    with Engine(MODEL) as engine, serving(engine, create_app(engine)) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def client(omni):
+    with strict(omni) as client:
+        yield client
+
+
+def wav(seconds: float = 0.5) -> bytes:
+    out = io.BytesIO()
+    tone = 0.1 * np.sin(np.arange(int(16000 * seconds)) / 9)
+    soundfile.write(out, tone.astype(np.float32), 16000, format="WAV")
+    return out.getvalue()
+
+
+def png() -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(out, "PNG")
+    return out.getvalue()
+
+
+def spoken(data: str) -> tuple[np.ndarray, int]:
+    return soundfile.read(io.BytesIO(base64.b64decode(data)), dtype="int16")
+
+
+def test_it_has_chat_and_speech_and_no_images():
+    surfaces = surfaces_of(registry.get("qwen3_omni"))
+    assert surfaces.chat.modalities == ("text", "audio")
+    assert surfaces.speech is not None
+    assert surfaces.images is None
+
+
+def test_a_chat_is_what_the_engine_says(client, omni):
+    reply = client.chat.completions.create(messages=HELLO, **SHORT)
+    said = omni.engine.generate(messages=HELLO, seed=3, max_tokens=6)
+    assert reply.choices[0].message.content == said.text
+    assert reply.choices[0].finish_reason == said.finish_reason
+    assert reply.usage.prompt_tokens == said.usage.prompt_tokens
+    assert reply.usage.completion_tokens == said.usage.generated_tokens
+
+
+def test_images_and_sounds_are_parts_of_a_message(client):
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(png())}},
+        {"type": "text", "text": "and"},
+        {
+            "type": "input_audio",
+            "input_audio": {"data": base64.b64encode(wav()).decode(), "format": "wav"},
+        },
+        {"type": "text", "text": "What is this?"},
+    ]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    reply = client.chat.completions.create(messages=messages, **SHORT)
+    assert reply.usage.prompt_tokens_details.image_tokens > 0
+    assert reply.usage.completion_tokens <= 6
+
+
+def test_speech_comes_with_its_transcript(client, omni):
+    reply = client.chat.completions.create(messages=HELLO, **SHORT, **SPOKEN, extra_body=BRIEF)
+    said = omni.engine.generate(
+        messages=HELLO,
+        output_modalities=("text", "audio"),
+        seed=3,
+        max_tokens=6,
+        voice="chelsie",
+        **BRIEF,
+    )
+    message = reply.choices[0].message
+    assert message.content is None
+    assert message.audio.transcript == said.text
+    pcm, rate = spoken(message.audio.data)
+    assert rate == 24000
+    assert (pcm == said.audio.pcm).all()
+
+
+def test_streamed_speech_is_the_whole_speech(client):
+    whole = client.chat.completions.create(messages=HELLO, **SHORT, **SPOKEN, extra_body=BRIEF)
+    stream = client.chat.completions.create(
+        messages=HELLO,
+        **SHORT,
+        modalities=["text", "audio"],
+        audio={"voice": "Chelsie", "format": "pcm16"},
+        extra_body=BRIEF,
+        stream=True,
+    )
+    data, text = b"", ""
+    for chunk in stream:
+        for choice in chunk.choices:
+            audio = (choice.delta.model_extra or {}).get("audio") or getattr(
+                choice.delta, "audio", None
+            )
+            if audio is not None:
+                audio = audio if isinstance(audio, dict) else audio.model_dump()
+                data += base64.b64decode(audio.get("data") or "")
+                text += audio.get("transcript") or ""
+    message = whole.choices[0].message
+    assert text == message.audio.transcript
+    assert (np.frombuffer(data, "<i2") == spoken(message.audio.data)[0]).all()
+
+
+def test_a_text_is_read_aloud(client, omni):
+    fields = {"model": MODEL, "voice": "Ethan", "extra_body": {"seed": 5, **LONGER}}
+    reply = client.audio.speech.create(input="Good morning.", response_format="wav", **fields)
+    pcm, rate = soundfile.read(io.BytesIO(reply.content), dtype="int16")
+    said = omni.engine.tts("Good morning.", seed=5, **LONGER)
+    assert rate == 24000
+    assert (pcm == said.pcm).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"audio": {"voice": "Nobody", "format": "wav"}, "modalities": ["text", "audio"]},
+            "Chelsie",
+        ),
+        ({"modalities": ["image"]}, "modalities"),
+        ({"extra_body": {"talker_top_p": 3}}, "talker_top_p"),
+    ],
+)
+def test_what_it_does_not_have_is_refused_with_what_it_has(client, fields, words):
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match=words):
+        client.chat.completions.create(messages=HELLO, **SHORT, **fields)
