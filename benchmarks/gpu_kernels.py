@@ -1,0 +1,349 @@
+"""The kernels at the sizes of the models: what is run, beside what in torch, and the least bytes
+and FLOPs that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from gpu_measure import Clock, norm_error
+from torch import Tensor
+
+from mstar.engine.kernels import matvec, tuning
+from mstar.engine.kernels.ada_norm import ada_norm, ada_norm_torch
+from mstar.engine.kernels.gated import gated_torch, silu_mul
+from mstar.engine.kernels.guided_euler import COLUMNS, guided_euler, guided_euler_torch
+from mstar.engine.kernels.l1_cost import l1_cost, l1_cost_torch
+from mstar.engine.kernels.layer_norm import layer_norm, layer_norm_torch
+from mstar.engine.kernels.paged_attention import paged_attention
+from mstar.engine.kernels.paged_batch import PagedBatch
+from mstar.engine.kernels.pair_rotary import pair_rotary, pair_rotary_torch
+from mstar.engine.kernels.pixels import normalise_pixels, normalise_pixels_torch
+from mstar.engine.kernels.rms_norm import rms_norm, rms_norm_torch
+from mstar.engine.kernels.rotary_store import HeadNorms, rotary_store, rotary_store_torch
+from mstar.engine.kernels.snake import (
+    depthwise_snake,
+    depthwise_snake_torch,
+    snake,
+    snake_torch,
+)
+from mstar.engine.layers.moe import experts_grouped, route, run_experts
+
+__all__ = ["rows"]
+
+PAGE = 16
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one size.
+
+    Args:
+        moved: the fewest bytes, each input read once and each output written once.
+        flops: of its products.
+        eager: the torch equivalent.
+        waits: whether that waits for the device, and cannot be captured.
+    """
+
+    name: str
+    ours: Callable[[], object]
+    eager: Callable[[], object]
+    moved: float
+    flops: float = 0.0
+    waits: bool = False
+
+
+class Cases:
+    """What makes cases; `tiny` ones only try the code."""
+
+    def __init__(self, device: torch.device, tiny: bool) -> None:
+        self.device, self.tiny = device, tiny
+        self.randn = partial(torch.randn, device=device)
+
+    def of(self, full: int, tiny: int) -> int:
+        return tiny if self.tiny else full
+
+    def groups(self) -> dict[str, Callable[[], Iterator[Case]]]:
+        """Cases are made group by group, so that their memory can go."""
+        names = (
+            *("decode", "extend", "norms", "rotary", "gated", "experts", "guided", "codec"),
+            *("vision", "planner"),
+        )
+        return {name: getattr(self, f"_{name}") for name in names}
+
+    def _attention(self, name: str, n: int, kv_len: int, count: int, heads: int, kv_heads: int):
+        """`count` sequences of `kv_len` keys whose last `n` are new, pages in no order."""
+        dim, pages = self.of(128, 16), -(-kv_len // PAGE)
+        pool = self.randn(2, pages * count, PAGE, kv_heads, dim, dtype=BF16)
+        q = self.randn(n * count, heads, dim, dtype=BF16)
+        order = torch.randperm(pages * count).view(count, pages)
+        batch = PagedBatch([n] * count, [kv_len] * count, order.tolist(), [n > 1] * count, PAGE)
+        k, v = (
+            x[order.to(self.device)].flatten(1, 2)[:, :kv_len].transpose(1, 2).contiguous()
+            for x in pool
+        )
+        queries = q.view(count, n, heads, dim).transpose(1, 2).contiguous()
+
+        def library() -> Tensor:
+            out = F.scaled_dot_product_attention(queries, k, v, is_causal=n > 1, enable_gqa=True)
+            return out.transpose(1, 2)
+
+        pairs = n * (kv_len - (n - 1) / 2)
+        return Case(
+            name,
+            lambda: paged_attention(q, *pool, batch, dim**-0.5),
+            library,
+            moved=4.0 * count * dim * (kv_len * kv_heads + n * heads),
+            flops=4.0 * count * heads * dim * pairs,
+        )
+
+    def _decode(self) -> Iterator[Case]:
+        context = self.of(8192, 100)
+        for count in (1, 8, 64):
+            name = f"decode attention, {count} x {context}, 24/8 heads"
+            yield self._attention(name, 1, context, self.of(count, 2), 24, 8)
+
+    def _extend(self) -> Iterator[Case]:
+        n = self.of(4096, 40)
+        yield self._attention(f"extend attention, {n} x {n}, causal, 32/8 heads", n, n, 1, 32, 8)
+
+    def _norms(self) -> Iterator[Case]:
+        for tokens, width in ((8192, 3072), (64, 3072)):
+            tokens, width = self.of(tokens, 7), self.of(width, 48)
+            x, more = self.randn(2, tokens, width, dtype=BF16)
+            weight, bias = self.randn(2, width, dtype=BF16)
+            for name, function, plain, params in (
+                ("rms_norm", rms_norm, rms_norm_torch, (weight,)),
+                ("layer_norm", layer_norm, layer_norm_torch, (weight, bias)),
+            ):
+                yield Case(
+                    f"{name} + residual, {tokens} x {width}",
+                    partial(function, x, *params, 1e-6, more),
+                    partial(plain, x, *params, 1e-6, more),
+                    moved=8.0 * tokens * width,
+                )
+        x, added = self.randn(2, self.of(16, 2), self.of(256, 3), self.of(1024, 32), dtype=BF16)
+        scale, shift, gate = self.randn(3, len(x), 1, x.shape[-1])
+        yield Case(
+            f"ada_norm + gated addition, {tuple(x.shape)}",
+            partial(ada_norm, x, scale, shift, 1e-6, added, gate),
+            partial(ada_norm_torch, x, scale, shift, 1e-6, added, gate),
+            moved=8.0 * x.numel(),
+        )
+
+    def _rotary(self) -> Iterator[Case]:
+        tokens, heads, kv_heads, dim = self.of(8192, 20), 32, 4, self.of(128, 16)
+        qkv = self.randn(tokens, (heads + 2 * kv_heads) * dim, dtype=BF16)
+        cos, sin = self.randn(2, tokens, dim // 2)
+        k, v = torch.zeros(2, tokens // PAGE + 1, PAGE, kv_heads, dim, dtype=BF16).to(self.device)
+        slots = torch.randperm(tokens).to(self.device)
+        norms = HeadNorms(*self.randn(2, dim, dtype=BF16), 1e-6)
+        given = (qkv, cos, sin, k, v, slots, heads, kv_heads, norms)
+        yield Case(
+            f"QK-norm + rotary + cache write, {tokens} tokens, {heads}/{kv_heads} heads",
+            partial(rotary_store, *given),
+            partial(rotary_store_torch, *given),
+            moved=4.0 * qkv.numel() + 8.0 * cos.numel(),
+        )
+        heads = self.randn(1, self.of(8192, 20), 2, self.of(22, 2), self.of(64, 12), dtype=BF16)
+        own, other = self.randn(2, heads.shape[1], heads.shape[-1] // 6 * 6)
+        yield Case(
+            f"3-D rotary of pairs, {tuple(heads.shape)}",
+            partial(pair_rotary, heads, own, other),
+            partial(pair_rotary_torch, heads, own, other),
+            moved=4.0 * heads.numel() + 8.0 * own.numel(),
+        )
+
+    def _gated(self) -> Iterator[Case]:
+        for tokens in (4096, 8):
+            x = self.randn(self.of(tokens, 3), 2 * self.of(8192, 40), dtype=BF16)
+            yield Case(
+                f"silu_mul, {len(x)} x 2 x {x.shape[1] // 2}",
+                partial(silu_mul, x),
+                partial(gated_torch, x, "silu"),
+                moved=3.0 * x.numel(),
+            )
+
+    def _experts(self) -> Iterator[Case]:
+        count, top_k = self.of(128, 8), self.of(8, 2)
+        hidden, inner = self.of(2048, 24), self.of(768, 16)
+        gate_up = self.randn(count, 2 * inner, hidden, dtype=BF16).mul_(hidden**-0.5)
+        down = self.randn(count, hidden, inner, dtype=BF16).mul_(inner**-0.5)
+        for tokens in (1, 8, 64, 512, 4096):
+            x = self.randn(self.of(tokens, min(tokens, 20)), hidden, dtype=BF16)
+            weights, experts = route(self.randn(len(x), count), top_k)
+            used = len(experts.unique())
+            given = (x, weights, experts, gate_up, down)
+            yield Case(
+                f"experts, {len(x)} tokens, {top_k} of {count} ({used} used), {hidden} x {inner}",
+                partial(run_experts, *given),
+                partial(experts_grouped, *given),
+                moved=2.0 * (3 * used * hidden * inner + 2 * x.numel()),
+                flops=6.0 * experts.numel() * hidden * inner,
+                waits=True,
+            )
+
+    def _guided(self) -> Iterator[Case]:
+        requests, tokens, dim = self.of(4, 2), self.of(4096, 30), 64
+        x = self.randn(requests, tokens, dim)
+        velocities = self.randn(3 * requests, tokens, dim, dtype=BF16)
+        places = torch.arange(3 * requests, dtype=torch.int32, device=self.device)
+        table = torch.rand(requests, len(COLUMNS), device=self.device).round()
+        given = (x, velocities, places.view(3, requests), table)
+        yield Case(
+            f"guidance + renorm + Euler, {requests} x {tokens} x {dim}",
+            partial(guided_euler, *given),
+            partial(guided_euler_torch, *given),
+            moved=8.0 * x.numel() + 2.0 * velocities.numel(),
+        )
+
+    def _codec(self) -> Iterator[Case]:
+        steps, channels = self.of(49152, 50), self.of(96, 12)
+        x = self.randn(8, steps, channels)
+        alpha, inverse = self.randn(2, channels).abs().add_(0.1)
+        for dim, turned in ((-1, x), (1, x.mT.contiguous())):
+            yield Case(
+                f"snake, 8 x {steps} x {channels}, channels {'first' if dim == 1 else 'last'}",
+                partial(snake, turned, alpha, inverse, dim),
+                partial(snake_torch, turned, alpha, inverse, dim),
+                moved=8.0 * x.numel(),
+            )
+        taps, bias = self.randn(channels, 7), self.randn(channels)
+        yield Case(
+            f"depthwise convolution + snake, 8 x {steps} x {channels}",
+            partial(depthwise_snake, x, taps, bias, 9, alpha, inverse),
+            partial(depthwise_snake_torch, x, taps, bias, 9, alpha, inverse),
+            moved=8.0 * x.numel(),
+        )
+
+    def _vision(self) -> Iterator[Case]:
+        side = self.of(256, 8)
+        shape = (self.of(64, 2), side, side, 3)
+        frames = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
+        given = (frames, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), BF16)
+        yield Case(
+            f"normalise uint8, {shape}",
+            partial(normalise_pixels, *given),
+            partial(normalise_pixels_torch, *given),
+            moved=3.0 * frames.numel(),
+            waits=True,
+        )
+
+    def _planner(self) -> Iterator[Case]:
+        samples, tokens, width = self.of(800, 3), self.of(256, 6), self.of(1408, 20)
+        predicted = self.randn(samples, tokens, width, dtype=BF16)
+        goal = self.randn(tokens, width)
+        yield Case(
+            f"L1 cost with layer norm, {samples} x {tokens} x {width}",
+            partial(l1_cost, predicted, goal, 1e-5),
+            partial(l1_cost_torch, predicted, goal, 1e-5),
+            moved=2.0 * predicted.numel(),
+        )
+
+
+# Outputs x inputs of the products of a decoding step.
+MATVECS = {
+    "orpheus qkv": (5120, 3072),
+    "orpheus out": (3072, 3072),
+    "orpheus gate, up": (16384, 3072),
+    "orpheus down": (3072, 8192),
+    "orpheus head": (156940, 3072),
+    "thinker qkv": (5120, 2048),
+    "thinker out": (2048, 4096),
+    "thinker head": (152064, 2048),
+    "bagel gate, up": (37888, 3584),
+    "bagel down": (3584, 18944),
+}
+
+
+def rows(
+    clock: Clock, ceilings: dict[str, float], *, tiny: bool = False, tune: bool = False
+) -> Iterator[dict]:
+    """A row for every kernel and size; one that fails has `error` instead of times.
+
+    Args:
+        tune: keep the tiles of matrix-vector products that beat the library's, for `linear`.
+    """
+    with torch.inference_mode():
+        for name, group in Cases(clock.device, tiny).groups().items():
+            torch.manual_seed(0)
+            try:
+                for case in group():
+                    yield _row(clock, ceilings, case)
+            except Exception as error:
+                yield {"name": name, "error": _said(error)}
+        yield from _matvecs(clock, ceilings, tiny, tune)
+
+
+def _row(clock: Clock, ceilings: dict[str, float], case: Case) -> dict:
+    try:
+        off = norm_error(case.ours(), case.eager())
+        ours = clock.seconds(case.ours)
+        eager = clock.seconds(case.eager, capture=not case.waits)
+    except Exception as error:
+        return {"name": case.name, "error": _said(error)}
+    return _figures(case.name, ours, eager, case.moved, case.flops, ceilings) | {"differs_by": off}
+
+
+def _figures(
+    name: str, ours: float, eager: float, moved: float, flops: float, ceilings: dict[str, float]
+) -> dict:
+    by_bytes, by_flops = moved / ceilings["bytes_per_s"], flops / ceilings["flops_per_s"]
+    return {
+        "name": name,
+        "us": 1e6 * ours,
+        "torch_us": 1e6 * eager,
+        "ratio": eager / ours,
+        "of_ceiling": max(by_bytes, by_flops) / ours,
+        "ceiling": "bytes" if by_bytes >= by_flops else "flops",
+    }
+
+
+def _matvecs(clock: Clock, ceilings: dict[str, float], tiny: bool, tune: bool) -> Iterator[dict]:
+    for name, (outputs, inputs) in MATVECS.items():
+        if tiny:
+            outputs, inputs = 24, 40
+        weight = torch.randn(outputs, inputs, dtype=BF16, device=clock.device)
+        for count in (1, 2, 4, 8):
+            label = f"matrix-vector, {name}, {count} x {inputs} to {outputs}"
+            try:
+                yield _matvec(clock, ceilings, label, count, weight, tune)
+            except Exception as error:
+                yield {"name": label, "error": _said(error)}
+        if tiny:
+            return
+
+
+def _matvec(
+    clock: Clock, ceilings: dict[str, float], label: str, count: int, weight: Tensor, tune: bool
+) -> dict:
+    x = torch.randn(count, weight.shape[1], dtype=BF16, device=clock.device)
+    library = partial(F.linear, x, weight)
+    eager = clock.seconds(library)
+    choice = None
+    if clock.on_gpu:
+        times = [
+            (clock.seconds(partial(matvec.matvec_triton, x, weight, None, tile)), i)
+            for i, tile in enumerate(matvec.matvec_choices(count))
+        ]
+        ours, best = min(times)
+        choice = matvec.matvec_choices(count)[best]
+        off = norm_error(matvec.matvec_triton(x, weight, None, choice), library())
+        if tune:
+            # A win within the noise is none; an empty choice says that the library is better.
+            kept = choice if ours < 0.97 * eager and off < 1e-2 else {}
+            shape = matvec.matvec_shape(count, weight)
+            tuning.table_of(clock.device).set(matvec.MATVEC, shape, kept)
+    else:
+        ours, off = clock.seconds(library), 0.0
+    moved = 2.0 * (weight.numel() + x.numel() + count * len(weight))
+    figures = _figures(label, ours, eager, moved, 2.0 * count * weight.numel(), ceilings)
+    return {**figures, "differs_by": off, "tile": choice}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
