@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.layers.rotary import rotate
 
-__all__ = ["KeysValues", "attend", "rotated"]
+__all__ = ["KeysValues", "attend", "joined", "rotated"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,20 @@ class KeysValues:
     room: int
     positions: Tensor
     seen: Tensor | None = None
+
+
+def joined(parts: Sequence[KeysValues]) -> KeysValues:
+    """Those of several observations with as much room each, as one batch."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    return KeysValues(
+        [torch.cat(layer) for layer in zip(*(part.keys for part in parts), strict=True)],
+        [torch.cat(layer) for layer in zip(*(part.values for part in parts), strict=True)],
+        first.room,
+        torch.cat([part.positions for part in parts]),
+        None if first.seen is None else torch.cat([part.seen for part in parts]),
+    )
 
 
 def rotated(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

@@ -10,20 +10,19 @@ import numpy as np
 from mstar.errors import InvalidRequest
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters
+from mstar.models.pi05.observation import as_array
 
 __all__ = ["CARD"]
 
 
 def array(value: Any) -> np.ndarray:
-    """An array of finite numbers, from an array of any library or from lists."""
+    """An array of finite numbers, see `as_array`."""
     try:
-        if hasattr(value, "detach"):
-            value = value.detach().cpu().numpy()
-        found = np.asarray(value)
-        if found.dtype.kind not in "fiub" or not found.size:
-            raise ValueError
+        found = as_array(value)
     except (TypeError, ValueError):
         raise ValueError("must be an array of numbers") from None
+    if not found.size:
+        raise ValueError("must be an array of numbers")
     if not np.isfinite(found).all():
         raise ValueError("must be finite")
     return found

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 from mstar.models.fields import check_flags, check_numbers, check_sizes, read_object
 from mstar.models.pi05.sizes import VARIANTS, GemmaSizes, VisionSizes
 
-__all__ = ["ACTION", "IMAGES", "OPENPI_CAMERAS", "STATE", "Pi05Config"]
+__all__ = ["ACTION", "IMAGES", "MODES", "OPENPI_CAMERAS", "STATE", "Pi05Config", "mode_of"]
 
 _T = TypeVar("_T")
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-_MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
+MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
 _NORMALISATION = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
 
 
@@ -91,9 +91,9 @@ class Pi05Config:
                 f"{self.chunk_size}"
             )
         for kind, mode in self.normalization_mapping.items():
-            if mode not in _MODES:
+            if mode not in MODES:
                 raise ValueError(
-                    f"normalization_mapping.{kind}={mode!r}: must be one of {', '.join(_MODES)}"
+                    f"normalization_mapping.{kind}={mode!r}: must be one of {', '.join(MODES)}"
                 )
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):  # they attend together
             one, other = getattr(self.prefix, name), getattr(self.expert, name)
@@ -132,7 +132,7 @@ class Pi05Config:
                 known[name] = tuple(known[name])
         known["normalization_mapping"] = {
             **_NORMALISATION,
-            **{k: _mode(v) for k, v in _object(config, "normalization_mapping").items()},
+            **{k: mode_of(v) for k, v in _object(config, "normalization_mapping").items()},
         }
         features = _object(config, "input_features")
         if features:
@@ -253,7 +253,8 @@ def _width(features: Mapping[str, Any], name: str) -> int | None:
     return shape[0]
 
 
-def _mode(value: Any) -> Any:
+def mode_of(value: Any) -> Any:
+    """A mode of normalisation as it is written here."""
     return value.upper() if isinstance(value, str) else value
 
 

@@ -24,7 +24,13 @@ class Velocity(Protocol):
 
 
 class Steered(Protocol):
-    """What bends a flow towards a chunk that is already on its way; see `rtc.py`."""
+    """What bends a flow towards a chunk that is already on its way; see `rtc.py`.
+
+    It is made of `tensors` alone, each with a first dimension of samples, or of 1 for all.
+    """
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
 
     def steer(self, velocity: Velocity, steps: int) -> Velocity:
         """The velocity to follow instead."""

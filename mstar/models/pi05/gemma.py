@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from mstar.engine.kernels.ada_norm import ada_norm
 from mstar.engine.kernels.gated import gelu_tanh_mul
-from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.layers.weight import Weight
@@ -141,8 +140,14 @@ class Prefix(nn.Module):
         keys = [tokens.new_empty(shape) for _ in self.layers]
         values = [tokens.new_empty(shape) for _ in self.layers]
         x, added = tokens, None
+        one = self.layers[0].input_layernorm.weight.new_ones(1, 1, self.sizes.width)
+        zero = torch.zeros_like(one)
+
+        def norm(module: Weight) -> tuple[Tensor, Tensor]:
+            return ada_norm(x, module.weight.view(1, 1, -1), zero, _EPS, added, one)
+
         for layer, k, v in zip(self.layers, keys, values, strict=True):
-            h, x = _normed(x, added, layer.input_layernorm.weight)
+            h, x = norm(layer.input_layernorm)
             mine = k[:, :, :room], v[:, :, :room]
             if layer is self.layers[-1]:
                 q, found = None, layer.keys_values(h, angles)
@@ -153,7 +158,7 @@ class Prefix(nn.Module):
             if q is None:
                 break
             added = layer.o_proj(attend(q, *mine, prefix))
-            h, x = _normed(x, added, layer.post_attention_layernorm.weight)
+            h, x = norm(layer.post_attention_layernorm)
             added = layer.mlp(h)
         return KeysValues(keys, values, room, positions, seen)
 
@@ -205,11 +210,6 @@ class Expert(nn.Module):
             added, gate = layer.mlp(h), next_gate
         scale, shift, _ = norms[-1]
         return ada_norm(x, scale, shift, _EPS, added, gate)[0]
-
-
-def _normed(x: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The norm of `x`, or of `x + added`, and that."""
-    return (rms_norm(x, weight, _EPS), x) if added is None else rms_norm(added, weight, _EPS, x)
 
 
 def _norm(name: str) -> Source:

@@ -20,13 +20,17 @@ from mstar.models.pi05.resize import resize_lerobot, resize_openpi
 __all__ = ["image_faults", "model_image"]
 
 
+_NEAR = 1.001e-3  # as floats round it
+
+
 def model_image(field: str, image: Any, target: tuple[int, int], rule: str) -> Tensor:
     """What the vision tower takes: float32 `[3, height, width]`, -1 to 1.
 
     Args:
         field: where it came from, for messages.
         image: `[height, width, 3]` or `[3, height, width]`, of any size, with or without a batch
-            dimension of 1; bytes, or floats from 0 to 1; or a PIL image.
+            dimension of 1; bytes, or floats from 0 to 1 (what sums leave beside that, up to 1e-3,
+            is clipped); or a PIL image.
         target: height and width that the model takes.
         rule: of `resize.RULES`.
 
@@ -75,17 +79,16 @@ def _checked(field: str, image: Any) -> Tensor:
         return image
     if not image.is_floating_point():
         raise InvalidRequest(field, str(image.dtype), "must be uint8, or floats from 0 to 1")
-    if not image.is_cuda:  # there it would have to be waited for
-        low, high = (float(end) for end in image.aminmax())
-        if not (low >= 0 and high <= 1):
-            raise InvalidRequest(field, f"{low:g} to {high:g}", "floats must be from 0 to 1")
-    return image
+    low, high = torch.stack(image.aminmax()).tolist()
+    if not (low >= -_NEAR and high <= 1 + _NEAR):
+        raise InvalidRequest(field, f"{low:g} to {high:g}", "floats must be from 0 to 1")
+    return image if low >= 0 and high <= 1 else image.clamp(0, 1)
 
 
 def _from_numpy(image: np.ndarray) -> Any:
     if any(stride < 0 for stride in image.strides) or not image.flags.writeable:
         image = image.copy()  # flipped, or a view of a message: torch takes neither
     try:
-        return torch.from_numpy(image)
+        return torch.from_numpy(image.astype(image.dtype.newbyteorder("="), copy=False))
     except TypeError:
         return image

@@ -13,32 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mstar.engine.captured import Record, record
 from mstar.engine.node import Node
 from mstar.engine.request import Request
 from mstar.errors import InvalidRequest
 from mstar.io.rgb import rgb_of, shown
 from mstar.models.base import Inputs, Model, Setup
 from mstar.models.pi05.attention import KeysValues
+from mstar.models.pi05.config import IMAGES
 from mstar.models.pi05.flow import Steered, Velocity
 from mstar.models.pi05.networks import Policy, load_policy, policy_config
 from mstar.models.pi05.processing import Prepared, Processor
-from mstar.models.pi05.robots import PRESETS, Robot, robot_of
+from mstar.models.pi05.robots import Robot, robot_for, robot_of
 from mstar.models.pi05.rtc import guided, trained
+from mstar.models.pi05.whole import Plan, WholeCall
 
 __all__ = ["Pi05"]
 
 log = logging.getLogger("mstar")
+_MOST_ROBOTS = 64
 _MOST_TABLED = 64  # steps: at full size 29 MB; the tables of longer flows are not kept
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """An observation, laid out, and how its actions are to be found."""
-
-    seen: Prepared
-    noise: Tensor
-    steps: int
-    steered: Steered | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,28 +46,47 @@ class _Step:
 
 
 class Pi05(Model):
-    """Nodes `read` and `step`.
+    """On a CPU: nodes `read` and `step`, between which a request can end. Robots that call at once
+    take turns; each is computed by itself.
 
-    Each call is computed by itself, also where several robots share a batch: the same observation
-    and noise give the same bits in any company.
+    On a GPU, or where flows are shared (option `batch`): a node `act`, see `whole.py`.
+
+    Either way the same observation and noise give the same bits in any company.
+
+    Args:
+        batch: robots that share a flow.
+        record: of `engine.captured`, on a GPU.
     """
 
-    options = ("statistics", "tokenizer", "resize", "state_padded_prompt", "horizon")
+    options = ("statistics", "tokenizer", "resize", "state_padded_prompt", "horizon", "batch")
 
-    def __init__(self, policy: Policy, processor: Processor, device: torch.device) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        processor: Processor,
+        device: torch.device,
+        batch: int = 1,
+        record: Record | None = None,
+    ) -> None:
         self.policy, self.processor = policy, processor
         self.config = policy.config
         self.networks = (policy,)
         self.device = device
         self._tables: dict[int, Tensor] = {}
-        self.read = Node("read", self._read, max_batch=16)
-        self.step = Node("step", self._step, max_batch=64)
+        self.read = Node("read", self._read, max_batch=1)
+        self.step = Node("step", self._step)
+        self.whole: WholeCall | None = None
+        if record is not None or batch > 1:
+            self.whole = whole = WholeCall(policy, processor, self._table, device, batch, record)
+            self.act = Node("act", whole.run, key=whole.bucket, max_batch=batch)
 
     @classmethod
     def load(cls, setup: Setup) -> Pi05:
-        """See `Model.load`. Options: `statistics`, `tokenizer`, `resize`, `horizon`,
-        `state_padded_prompt`; see `Processor`."""
+        """See `Model.load`. Options: `batch`; `horizon`; those of `Processor`."""
         folder, options = setup.folders["pi05"], dict(setup.options)
+        batch = options.pop("batch", 1)
+        if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= _MOST_ROBOTS:
+            raise InvalidRequest("batch", batch, f"must be from 1 to {_MOST_ROBOTS}")
         config = policy_config(folder, options.pop("horizon", None))
         processor = Processor.from_folder(folder, config, **options)
         policy = load_policy(
@@ -85,16 +98,17 @@ class Pi05(Model):
             progress=setup.progress,
         )
         log.info("pi05: %s", processor.assumed)
-        return cls(policy, processor, setup.device)
+        capture = record() if setup.device.type == "cuda" else None
+        return cls(policy, processor, setup.device, batch, capture)
 
     @property
     def nodes(self) -> Sequence[Node]:
         """See `Model.nodes`."""
-        return (self.read, self.step)
+        return (self.read, self.step) if self.whole is None else (self.act,)
 
     # -- laying a request out ----------------------------------------------------------------
 
-    def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> _Plan:
+    def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
         """See `Model.prepare`."""
         if not params["raw"]:
             self.processor.check_robot_units()
@@ -102,10 +116,12 @@ class Pi05(Model):
             self._cameras(inputs.images), params["robot_state"], inputs.text
         )
         steps = params["num_steps"] or self.config.num_inference_steps
-        return _Plan(seen, self._noise(params), steps, self._steered(params, steps))
+        steered = self._steered(params, steps)
+        return Plan(seen, self._noise(params), steps, steered, params["raw"])
 
     def _cameras(self, images: Sequence[Any]) -> Mapping[str, Any]:
-        """Camera -> image; images in a list go to the cameras in their order."""
+        """Camera -> image, also by lerobot's full names; images in a list go to the cameras in
+        their order."""
         names = self.config.cameras
         if len(images) == 1 and isinstance(images[0], Mapping):
             given = images[0]
@@ -114,7 +130,8 @@ class Pi05(Model):
             raise InvalidRequest("images", f"{len(images)} images", allowed)
         else:
             given = dict(zip(names, images, strict=False))
-        return {name: _decoded(name, image) for name, image in given.items()}
+        short = {str(name).removeprefix(IMAGES): image for name, image in given.items()}
+        return {name: _decoded(name, image) for name, image in short.items()}
 
     def _noise(self, params: dict[str, Any]) -> Tensor:
         shape = self.config.chunk_size, self.config.max_action_dim
@@ -137,7 +154,6 @@ class Pi05(Model):
         config, delay = self.config, params["inference_delay"] or 0
         size = {"horizon": config.chunk_size, "actions": config.max_action_dim}
         mode = params["rtc_mode"] or ("trained" if config.rtc_training_max_delay else "guided")
-        previous = previous.to(self.device)
         if mode == "trained":
             most = config.rtc_training_max_delay
             prefix = trained(previous, delay=delay, max_delay=most, **size)
@@ -155,27 +171,31 @@ class Pi05(Model):
     # -- the walk ----------------------------------------------------------------------------
 
     async def walk(self, request: Request) -> str:
-        """Read, flow, give. Between the steps a request can end: its deadline, or its caller."""
-        plan: _Plan = request.inputs
+        """Read, flow, give. On a CPU, a request can end between the steps: its deadline, or its
+        caller."""
+        plan: Plan = request.inputs
         request.usage.prompt_tokens = len(plan.seen.ids)
-        kv = await self.read(plan.seen)
-        velocity = self.policy.velocity(kv, self._table(plan.steps))
-        if plan.steered is not None:
-            velocity = plan.steered.steer(velocity, plan.steps)
-        x = plan.noise.to(self.device).unsqueeze(0)
-        for index in range(plan.steps):
-            x = await self.step(_Step(velocity, x, index, -1.0 / plan.steps))
-        if plan.steered is not None:
-            x = plan.steered.finish(x)
-        actions = x[0].cpu().numpy()
-        if request.params["raw"]:
-            actions = actions[:, : self.processor.action_dim].copy()
-        else:
-            actions = self.processor.finish(actions, plan.seen.state)
+        actions = await (self._steps(plan) if self.whole is None else self.act(plan))
         actions = actions.astype(np.float32)
         form = {"dtype": "float32", "shape": list(actions.shape)}
         request.emit_actions(actions, cameras=plan.seen.cameras, **form)
         return "stop"
+
+    async def _steps(self, plan: Plan) -> np.ndarray:
+        """Actions, one step of the flow after the other."""
+        kv = await self.read(plan.seen)
+        velocity = self.policy.velocity(kv, self._table(plan.steps))
+        if plan.steered is not None:
+            velocity = plan.steered.steer(velocity, plan.steps)
+        x = plan.noise.unsqueeze(0)
+        for index in range(plan.steps):
+            x = await self.step(_Step(velocity, x, index, -1.0 / plan.steps))
+        if plan.steered is not None:
+            x = plan.steered.finish(x)
+        actions = x[0].numpy()
+        if plan.raw:
+            return actions[:, : self.processor.action_dim].copy()
+        return self.processor.finish(actions, plan.seen.state)
 
     def _table(self, steps: int) -> Tensor:
         if steps not in self._tables:
@@ -187,12 +207,7 @@ class Pi05(Model):
         return self._tables[steps]
 
     def _read(self, batch: list[Prepared]) -> list[KeysValues]:
-        policy, found = self.policy, []
-        for seen in batch:
-            images = policy.encode_images(seen.images.to(self.device)).flatten(0, 1)
-            text = policy.embed_text(seen.ids.to(self.device)).to(images.dtype)
-            found.append(policy.prefix(torch.cat([images, text]).unsqueeze(0)))
-        return found
+        return [self.policy.read(seen.images.to(self.device), seen.ids) for seen in batch]
 
     def _step(self, batch: list[_Step]) -> list[Tensor]:
         return [call.x + call.dt * call.velocity(call.x, call.index) for call in batch]
@@ -200,6 +215,8 @@ class Pi05(Model):
     def warmup(self) -> None:
         """See `Model.warmup`."""
         self._table(self.config.num_inference_steps)
+        if self.whole is not None:
+            self.whole.warmup()
 
     def policy_of(self, engine: Any, robot: Any, rename: Mapping[str, str] | None) -> Any:
         """See `Model.policy_of`: a `RobotPolicy`."""
@@ -209,20 +226,11 @@ class Pi05(Model):
 
     # -- robots ------------------------------------------------------------------------------
 
-    def robot(self, robot: str | Robot | None) -> Robot:
-        """The robot that is meant; that of the checkpoint if none is.
-
-        Raises:
-            InvalidRequest: nobody knows it.
-        """
+    def robot(self, robot: str | Mapping[str, Any] | Robot | None) -> Robot:
+        """The robot that is meant, see `robot_for`; that of the checkpoint if none is."""
         if robot is None:
             return robot_of(self.config, self.processor.rename)
-        if isinstance(robot, Robot):
-            return robot
-        if robot not in PRESETS:
-            allowed = f"must be one of {', '.join(PRESETS)}, or a Robot"
-            raise InvalidRequest("robot", robot, allowed)
-        return PRESETS[robot]
+        return robot_for(robot, deltas=self.config.layout == "openpi")
 
 
 def _decoded(camera: str, image: Any) -> Any:

@@ -32,7 +32,7 @@ _PREFIXES = {
 
 
 class Trunk(nn.Module):
-    """All that runs in the run dtype."""
+    """All that runs in the run dtype; the weights of its norms are float32."""
 
     def __init__(self, config: Pi05Config, whole: bool) -> None:
         super().__init__()
@@ -54,11 +54,21 @@ class Trunk(nn.Module):
         return [replace(s, names=tuple(prefix + each for each in s.names)) for s in found]
 
 
+class _Norms(nn.Module):
+    """The norms of a trunk, under their names in it."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        named = trunk.named_modules()
+        self._modules.update((name, x) for name, x in named if "norm" in name.rpartition(".")[2])
+        self.sources = trunk.sources
+
+
 class Policy(nn.Module):
     """Observation -> chunk of actions, in the model's normalised space.
 
     Nothing here asks a tensor for its value, and shapes follow from those of the arguments: on a
-    GPU all of `sample` can be one captured graph.
+    GPU all of it can be one captured graph, see `whole.py`.
 
     Args:
         whole: keep what only the published, padded computation needs; see `plain.py`.
@@ -77,6 +87,18 @@ class Policy(nn.Module):
     def embed_text(self, ids: Tensor) -> Tensor:
         """Tokens `[..., width]` of ids `[...]`; text alone is scaled by the root of the width."""
         return F.embedding(ids, self.trunk.embed_tokens.weight) * self.config.prefix.width**0.5
+
+    def read(self, images: Tensor, ids: Tensor, length: Tensor | None = None) -> KeysValues:
+        """Read one observation.
+
+        Args:
+            images: of the cameras that are there, float32 `[cameras, 3, height, width]`, -1 to 1.
+            ids: int64 `[text]`.
+            length: how many ids are valid, int `[1]`, where the rest is padding; None for all.
+        """
+        seen = self.encode_images(images).flatten(0, 1)
+        tokens = torch.cat([seen, self.embed_text(ids).to(seen.dtype)]).unsqueeze(0)
+        return self.prefix(tokens, None if length is None else length + len(seen))
 
     def prefix(self, tokens: Tensor, lengths: Tensor | None = None) -> KeysValues:
         """Read the valid tokens of observations, images before text; see `Prefix.forward`."""
@@ -123,18 +145,12 @@ class Policy(nn.Module):
         length: Tensor | None = None,
         steered: Steered | None = None,
     ) -> Tensor:
-        """One observation to actions float32 `[horizon, actions]`.
+        """One observation to actions float32 `[horizon, actions]`; see `read` and `denoise`.
 
         Args:
-            images: of the cameras that are there, float32 `[cameras, 3, height, width]`, -1 to 1.
-            ids: int64 `[text]`.
             noise: float32 `[horizon, actions]`.
-            length: how many ids are valid, int `[1]`, where the rest is padding; None for all.
         """
-        seen = self.encode_images(images).flatten(0, 1)
-        tokens = torch.cat([seen, self.embed_text(ids).to(seen.dtype)]).unsqueeze(0)
-        kv = self.prefix(tokens, None if length is None else length + len(seen))
-        return self.denoise(kv, noise.unsqueeze(0), table, steered)[0]
+        return self.denoise(self.read(images, ids, length), noise.unsqueeze(0), table, steered)[0]
 
 
 def policy_config(folder: Path, horizon: int | None = None) -> Pi05Config:
@@ -168,7 +184,7 @@ def load_policy(
     """A policy with its weights, or with random ones if it is a `dummy`.
 
     Args:
-        dtype: of all but `FlowHeads`, which is float32.
+        dtype: of all but the norms and `FlowHeads`, which are float32.
         config: `policy_config(folder)` if left out.
         whole: see `Policy`.
 
@@ -177,7 +193,9 @@ def load_policy(
     """
     with torch.device("meta"):
         policy = Policy(config or policy_config(folder), whole=whole)
-    parts = (policy.trunk, dtype), (policy.heads, torch.float32)
+    parts = [(policy.trunk, dtype), (policy.heads, torch.float32)]
+    if dtype != torch.float32:
+        parts.append((_Norms(policy.trunk), torch.float32))
     checkpoint = None if dummy else Published(folder)
     for module, kind in parts:
         if dummy:

@@ -6,10 +6,13 @@ float64. Nothing is clipped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mstar.errors import WeightsError
 
@@ -55,7 +58,12 @@ class Normalizer:
             raise WeightsError(
                 f"the statistics of {self.feature} must be finite, and as many of each"
             )
-        object.__setattr__(self, "_ends", tuple(ends))
+        one, other = ends
+        if self.mode != "MEAN_STD":
+            other = other - one
+            if not self.openpi:
+                other = np.where(other == 0, kind(self.eps), other)
+        object.__setattr__(self, "_ends", (one, other + kind(_EPS) if self.openpi else other))
 
     @property
     def _names(self) -> tuple[str, str]:
@@ -80,29 +88,29 @@ class Normalizer:
         """`[..., dims]` in robot units to the model's space."""
         if not self.active:
             return x
-        one, other = (end[: x.shape[-1]] for end in self._ends)
+        one, extent = (end[: x.shape[-1]] for end in self._ends)
         if self.mode == "MEAN_STD":
-            return (x - one) / (other + (_EPS if self.openpi else x.dtype.type(self.eps)))
-        return 2 * (x - one) / self._range(one, other) - 1
+            return (x - one) / (extent if self.openpi else extent + x.dtype.type(self.eps))
+        return 2 * (x - one) / extent - 1
 
     def inverse(self, y: np.ndarray) -> np.ndarray:
         """`[..., dims]` in the model's space to robot units; further dimensions pass."""
         if not self.active:
             return y
-        one, other = self._ends
+        return self._restored(y, *self._ends, np.concatenate)
+
+    def inverse_on(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """`inverse` for tensors on a device: the same bits."""
+        if not self.active:
+            return lambda y: y
+        one, extent = (torch.from_numpy(end).to(device) for end in self._ends)
+        return lambda y: self._restored(y, one, extent, torch.cat)
+
+    def _restored(self, y: Any, one: Any, extent: Any, concatenate: Callable[..., Any]) -> Any:
         rest = y[..., len(one) :]
         y = y[..., : len(one)]
-        if self.mode == "MEAN_STD":
-            x = y * (other + _EPS if self.openpi else other) + one
-        else:
-            x = (y + 1) * self._range(one, other) / 2 + one
-        return np.concatenate([x, rest], -1) if rest.shape[-1] else x
-
-    def _range(self, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        extent = high - low
-        if self.openpi:
-            return extent + _EPS
-        return np.where(extent == 0, extent.dtype.type(self.eps), extent)
+        x = y * extent + one if self.mode == "MEAN_STD" else (y + 1) * extent / 2 + one
+        return concatenate([x, rest], -1) if rest.shape[-1] else x
 
 
 def relative_mask(

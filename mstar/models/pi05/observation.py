@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest
+from mstar.models.parameters import plain
 
-__all__ = ["flat", "numbers"]
+__all__ = ["as_array", "flat", "numbers", "positive"]
 
 
 def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -33,6 +34,26 @@ def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None
     return found
 
 
+def as_array(value: Any) -> np.ndarray:
+    """Numbers as an array of numpy, in this machine's byte order; of arrays of any library, lists,
+    or text such as `1, 2, 3`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, str):
+        value = [float(number) for number in value.split(",")]
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        if value.is_floating_point() and value.element_size() < 4:
+            value = value.float()  # numpy has no bfloat16
+        value = value.numpy()
+    found = np.asarray(value)
+    if found.dtype.kind not in "fiub":
+        raise ValueError("must be an array of numbers")
+    return found.astype(found.dtype.newbyteorder("="), copy=False)
+
+
 def numbers(field: str, value: Any, dtype: type = np.float64) -> np.ndarray:
     """Finite numbers `[dims]`, of an array or a list, with or without dimensions of 1.
 
@@ -40,13 +61,7 @@ def numbers(field: str, value: Any, dtype: type = np.float64) -> np.ndarray:
         InvalidRequest: it is none.
     """
     try:
-        if hasattr(value, "detach"):
-            value = value.detach().cpu()
-            value = value.double().numpy() if value.is_floating_point() else value.numpy()
-        found = np.asarray(value)
-        if found.dtype.kind not in "fiub":
-            raise ValueError
-        found = found.astype(dtype)
+        found = as_array(value).astype(dtype)
     except (TypeError, ValueError):
         raise InvalidRequest(field, value, "must be numbers") from None
     if found.ndim > 1 and found.size != max(found.shape):
@@ -54,6 +69,18 @@ def numbers(field: str, value: Any, dtype: type = np.float64) -> np.ndarray:
     if not np.isfinite(found).all():
         raise InvalidRequest(field, found.tolist(), "must be finite")
     return found.reshape(-1)
+
+
+def positive(field: str, value: Any, most: float) -> float:
+    """A number above 0, of Python or numpy.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= most:
+        raise InvalidRequest(field, value, f"must be above 0, at most {most:g}")
+    return float(number)
 
 
 def _key(name: str) -> str:

@@ -54,16 +54,16 @@ class PlainPolicy:
         kv: Layers = []
         x = tokens
         for layer in self.trunk.prefix.layers:
-            h = _norm(x) * layer.input_layernorm.weight
+            h = _norm(x, layer.input_layernorm.weight)
             if not hasattr(layer, "o_proj"):
                 k, v = self._heads(layer.qkv_proj(h)).chunk(2, 1)
                 return None, [*kv, (_rotate(k, angles), v)]
             q, k, v = self._qkv(layer.qkv_proj(h), angles)
             kv.append((k, v))
             x = x + layer.o_proj(_attend(q, k, v, valid))
-            h = _norm(x) * layer.post_attention_layernorm.weight
+            h = _norm(x, layer.post_attention_layernorm.weight)
             x = x + layer.mlp(h)
-        return _norm(x) * self.trunk.prefix.norm.weight, kv
+        return _norm(x, self.trunk.prefix.norm.weight), kv
 
     def velocity_at(self, kv: Layers, valid: Tensor, x: Tensor, times: Tensor) -> Tensor:
         """Velocities `[batch, horizon, actions]` at times float32 `[batch, horizon or 1]`."""
@@ -79,7 +79,7 @@ class PlainPolicy:
 
         def norm(x: Tensor) -> tuple[Tensor, Tensor]:
             scale, shift, gate = F.linear(condition, *next(norms)).chunk(3, -1)
-            return (_norm(x.float()) * (1 + scale) + shift).to(x.dtype), gate.to(x.dtype)
+            return _norm(x, 1 + scale, shift), gate.to(x.dtype)
 
         x = self.heads.tokens(x).to(kv[0][0].dtype)
         for layer, (prefix_k, prefix_v) in zip(self.trunk.expert.layers, kv, strict=True):
@@ -132,9 +132,10 @@ class PlainPolicy:
         return _rotate(q, angles), _rotate(k, angles), v
 
 
-def _norm(x: Tensor) -> Tensor:
+def _norm(x: Tensor, scale: Tensor, shift: Tensor | float = 0.0) -> Tensor:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPS)).to(x.dtype)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPS)
+    return (normed * scale + shift).to(x.dtype)
 
 
 def _rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

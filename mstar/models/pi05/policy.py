@@ -12,6 +12,7 @@ import numpy as np
 
 from mstar.errors import InvalidRequest
 from mstar.models.pi05.action_queue import lengthened
+from mstar.models.pi05.observation import positive
 from mstar.models.pi05.pending import Pending
 from mstar.models.pi05.robots import Robot
 
@@ -28,7 +29,7 @@ class RobotPolicy:
 
     Args:
         engine: the Engine.
-        robot: a name of `robots.PRESETS`, a `Robot`, or `None` for the names of the checkpoint.
+        robot: what `robots.robot_for` takes, or None for the names of the checkpoint.
         rename: key of an observation -> the key that the robot's convention has for it.
 
     Raises:
@@ -38,7 +39,7 @@ class RobotPolicy:
     def __init__(
         self,
         engine: Any,
-        robot: str | Robot | None = None,
+        robot: str | Mapping[str, Any] | Robot | None = None,
         rename: Mapping[str, str] | None = None,
     ) -> None:
         model = engine.model
@@ -47,6 +48,8 @@ class RobotPolicy:
         self.config = model.config
         found = model.robot(robot)
         self._check_fits(found)
+        if not isinstance(rename, Mapping | None):
+            raise InvalidRequest("rename", rename, "must be a map from names to names")
         self.robot = replace(found, rename={**found.rename, **(rename or {})})
         self._queue: deque[np.ndarray] = deque()
 
@@ -114,10 +117,7 @@ class RobotPolicy:
         """
         began = time.monotonic()
         if deadline_ms is not None:
-            number = isinstance(deadline_ms, (int, float)) and not isinstance(deadline_ms, bool)
-            if not number or not 0 < deadline_ms <= _LONGEST:
-                allowed = f"must be above 0, at most {_LONGEST:g}, or None for no deadline"
-                raise InvalidRequest("deadline_ms", deadline_ms, allowed)
+            deadline_ms = positive("deadline_ms", deadline_ms, _LONGEST)
         if not raw:
             self.processor.check_robot_units()
         observed = self.robot.observe(obs)

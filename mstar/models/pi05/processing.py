@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.pi05.action_queue import lengthened
-from mstar.models.pi05.config import ACTION, STATE, Pi05Config
+from mstar.models.pi05.config import ACTION, MODES, STATE, Pi05Config
 from mstar.models.pi05.images import model_image
 from mstar.models.pi05.normalise import Normalizer, relative_mask
 from mstar.models.pi05.observation import numbers
@@ -83,7 +83,9 @@ class Processor:
         self.dtype = np.float64 if self.openpi else np.float32
         found = processors.statistics if statistics is None else read_statistics(statistics)
         self.source = found.source
-        modes = {**config.normalization_mapping, **(processors.modes or {})}
+        modes = {**config.normalization_mapping, **processors.modes}
+        if wrong := [mode for mode in modes.values() if mode not in MODES]:
+            raise WeightsError(f"norm_map: {wrong[0]!r} must be one of {', '.join(MODES)}")
         self.of_state, self.of_actions = (
             Normalizer(name, modes.get(kind, "IDENTITY"), table, self.openpi, processors.eps)
             for name, kind, table in (
@@ -140,18 +142,22 @@ class Processor:
         )
 
     def check_robot_units(self) -> None:
-        """Refuse to speak of robot units where there are no statistics to tell.
+        """Refuse to speak of robot units where there are no statistics to tell: of actions and,
+        where the policy reads it, of the state.
 
         Raises:
             InvalidRequest: there are none.
         """
-        if not self.of_actions.known:
+        lacking = [f"actions ({self.of_actions.mode})"] if not self.of_actions.known else []
+        if self.config.state_in_prompt and not self.of_state.known:
+            lacking.append(f"the state ({self.of_state.mode}), which the prompt spells out")
+        if lacking:
             raise InvalidRequest(
                 "raw",
                 False,
-                f"the checkpoint has no statistics of actions ({self.of_actions.mode}), so they "
+                f"the checkpoint has no statistics of {' and of '.join(lacking)}, so actions "
                 "cannot be given in robot units: pass statistics=..., or raw=True for the "
-                "model's normalised space",
+                "model's normalised space, with a state that is normalised already",
             )
 
     def prepare(self, images: Mapping[str, Any], state: Any, task: str | None) -> Prepared:
@@ -172,9 +178,11 @@ class Processor:
         normalised = self.of_state.forward(state)
         target, rule = self.config.vision.image_size, self.resize
         seen = [model_image(f"images.{name}", images[name], target, rule) for name in cameras]
-        return Prepared(
-            torch.stack(seen), torch.tensor(self._ids(task, normalised)), state, normalised, cameras
-        )
+        stacked = torch.stack([image.to(seen[0].device) for image in seen])
+        if stacked.is_cuda:  # the engine's thread does not know the caller's stream
+            torch.cuda.current_stream(stacked.device).synchronize()
+        ids = torch.tensor(self._ids(task, normalised))
+        return Prepared(stacked, ids, state, normalised, cameras)
 
     def finish(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """Actions in robot units, `[horizon, action_dim]`.
@@ -185,8 +193,15 @@ class Processor:
         """
         found = self.of_actions.inverse(actions[:, : self.action_dim])
         if self.relative is not None:
-            found = found + self._base(state)
+            found = found + self.base(state)
         return found
+
+    def finish_on(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+        """`finish` for tensors on a device, of actions and `base`: the same bits."""
+        inverse = self.of_actions.inverse_on(device)
+        if self.relative is None:
+            return lambda actions, base: inverse(actions)
+        return lambda actions, base: inverse(actions) + base.unsqueeze(-2)
 
     def previous(self, processed: np.ndarray, state: np.ndarray, rows: int) -> np.ndarray:
         """What is left of a chunk in robot units, in the model's space as of another state.
@@ -201,15 +216,17 @@ class Processor:
         """
         found = lengthened(processed, rows)
         if self.relative is not None:
-            found = found - self._base(state)
+            found = found - self.base(state)
         return self.of_actions.forward(found.astype(self.dtype)).astype(np.float32)
 
-    def _base(self, state: np.ndarray) -> np.ndarray:
-        """What relative actions are added to, `[action_dim]`."""
+    def base(self, state: np.ndarray) -> np.ndarray:
+        """What actions are added to where they are relative, `[action_dim]`; zeros elsewhere."""
         base = np.zeros(self.action_dim, state.dtype)
-        count = min(len(state), self.action_dim)
-        base[:count] = state[:count]
-        return np.where(self.relative, base, 0).astype(state.dtype)
+        if self.relative is not None:
+            count = min(len(state), self.action_dim)
+            base[:count] = state[:count]
+            base[~self.relative] = 0
+        return base
 
     def _cameras(self, images: Mapping[str, Any]) -> tuple[str, ...]:
         known = self.config.cameras

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mstar.models.pi05.config import IMAGES, OPENPI_CAMERAS, STATE, Pi05Config
 from mstar.models.pi05.images import image_faults
 from mstar.models.pi05.observation import flat, numbers
 
-__all__ = ["PRESETS", "Observed", "Robot", "robot_of"]
+__all__ = ["PRESETS", "Observed", "Robot", "robot_for", "robot_of"]
 
 _BASE, _LEFT, _RIGHT = OPENPI_CAMERAS
 
@@ -52,6 +52,9 @@ class Robot:
         reset_pose: joints where its published client begins an episode, if it asks for them.
         rename: key of an observation -> the key that is meant.
         encode_state, decode_actions: to the policy's joints and back.
+
+    Raises:
+        InvalidRequest: a field has another form.
     """
 
     name: str
@@ -69,6 +72,25 @@ class Robot:
     rename: Mapping[str, str] = field(default_factory=dict)
     encode_state: Callable[[np.ndarray], np.ndarray] | None = None
     decode_actions: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("images", "state", "rename"):
+            given, kinds = getattr(self, name), (int, type(None)) if name == "state" else str
+            pairs = given.items() if isinstance(given, Mapping) else [(None, None)]
+            if not all(isinstance(k, str) and isinstance(v, kinds) for k, v in pairs):
+                what = "numbers, or None for any number" if name == "state" else "names"
+                raise InvalidRequest(f"robot.{name}", given, f"must be a map from names to {what}")
+        if not self.images:
+            raise InvalidRequest("robot.images", self.images, "must have a camera")
+        for name in ("required", "unused", "delta", "reset_pose"):
+            given = getattr(self, name)
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise InvalidRequest(f"robot.{name}", given, "must be a list")
+            object.__setattr__(self, name, tuple(given))
+        if self.action_dim is not None and (
+            not isinstance(self.action_dim, int) or self.action_dim < 1
+        ):
+            raise InvalidRequest("robot.action_dim", self.action_dim, "must be at least 1, or None")
 
     def observe(self, observation: Mapping[str, Any], *, float64: bool = True) -> Observed:
         """Pick out what the policy needs. Keys that nobody knows are ignored, but for images.
@@ -196,3 +218,35 @@ def robot_of(config: Pi05Config, rename: Mapping[str, str] | None = None) -> Rob
         action_dim=config.action_dim,
         rename=rename or {},
     )
+
+
+def robot_for(robot: Any, *, deltas: bool = True) -> Robot:
+    """The robot that somebody means.
+
+    Args:
+        robot: a name of `PRESETS`; a `Robot`; or fields of one in a map, of which those that are
+            missing are those of `preset`, if that is given. There, `adapt` is whether the preset's
+            `encode_state` and `decode_actions` apply.
+        deltas: whether the policy was trained as openpi trains for a preset, to make actions that
+            are relative to the state where that has a `delta`. A `delta` that is given counts.
+
+    Raises:
+        InvalidRequest: there is no such robot, or a field is wrong.
+    """
+    if isinstance(robot, Robot):
+        return robot
+    given = dict(robot) if isinstance(robot, Mapping) else {"preset": robot}
+    name, adapt = given.pop("preset", None), given.pop("adapt", True)
+    known = [each.name for each in fields(Robot)]
+    if unknown := [key for key in given if key not in known]:
+        allowed = f"unknown; there are preset, adapt, {', '.join(known)}"
+        raise InvalidRequest(f"robot.{unknown[0]}", given[unknown[0]], allowed)
+    if name is None and given:
+        return Robot(**{"name": "custom", "images": {}, "state": {}, **given})
+    if not isinstance(name, str) or name not in PRESETS:
+        allowed = f"must be one of {', '.join(PRESETS)}, or a Robot, or a map of its fields"
+        raise InvalidRequest("robot", name, allowed)
+    found = PRESETS[name] if deltas else replace(PRESETS[name], delta=())
+    if not adapt:
+        found = replace(found, encode_state=None, decode_actions=None)
+    return replace(found, **given)

@@ -37,8 +37,8 @@ class Guided:
 
     Args:
         previous: float32 `[batch or 1, horizon, actions]`.
-        weights: float32 `[horizon]`; all zero for no guidance at all.
-        gains: of each step, float32 `[steps]`.
+        weights: float32 `[batch or 1, horizon]`; all zero for no guidance at all.
+        gains: of each step, float32 `[batch or 1, steps]`.
         jacobian: the paper's correction. The velocity must be differentiable: that of
             `PlainPolicy`, with weights that were not loaded in inference mode.
     """
@@ -48,18 +48,23 @@ class Guided:
     gains: Tensor
     jacobian: bool = False
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Steered`."""
+        return self.previous, self.weights, self.gains
+
     def steer(self, velocity: Velocity, steps: int) -> Velocity:
         """See `Steered.steer`."""
         times, weights = flow_times(steps), self.weights.unsqueeze(-1)
-        if len(self.gains) != steps:
-            raise ValueError(f"gains of {len(self.gains)} steps, for {steps}")
+        if self.gains.shape[1] != steps:
+            raise ValueError(f"gains of {self.gains.shape[1]} steps, for {steps}")
 
         def steered(x: Tensor, step: int, clean: Tensor | None = None) -> Tensor:
             if self.jacobian:
                 return through_jacobian(x, step)
             v = velocity(x, step)
             error = (self.previous - (x - times[step] * v)) * weights
-            return v - self.gains[step] * error
+            return v - self.gains[:, step, None, None] * error
 
         def through_jacobian(x: Tensor, step: int) -> Tensor:
             with torch.inference_mode(False), torch.enable_grad():
@@ -68,7 +73,7 @@ class Guided:
                 actions = x - times[step] * v
                 error = (self.previous - actions.detach()) * weights
                 (correction,) = torch.autograd.grad(actions, x, error.clone())
-            return v.detach() - self.gains[step] * correction
+            return v.detach() - self.gains[:, step, None, None] * correction
 
         return steered
 
@@ -88,6 +93,11 @@ class HardPrefix:
 
     previous: Tensor
     clean: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """See `Steered`."""
+        return self.previous, self.clean
 
     def steer(self, velocity: Velocity, steps: int) -> Velocity:
         """See `Steered.steer`."""
@@ -130,8 +140,8 @@ def guided(
     device = whole.device
     return Guided(
         whole,
-        torch.tensor(weights, device=device),
-        torch.tensor(gains, device=device),
+        torch.tensor([weights], device=device),
+        torch.tensor([gains], device=device),
         jacobian,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import DeadlineExceeded, InvalidRequest
+from mstar.models.parameters import plain
 from mstar.models.pi05.action_queue import ActionQueue, Latency, delay_steps
+from mstar.models.pi05.observation import positive
 from mstar.models.pi05.pending import Chunk, Pending
 from mstar.models.pi05.policy import RobotPolicy
 
@@ -41,6 +44,7 @@ class PolicyRunner:
                     robot.move(action)
 
     An observation is used at most once: where none comes, the queue runs dry, and the robot stops.
+    A runner that is closed, or that nobody holds any more, ends its thread.
 
     Args:
         policy: of `Engine.policy`.
@@ -75,7 +79,7 @@ class PolicyRunner:
         clock: Callable[[], float] = time.perf_counter,
         **params: Any,
     ) -> None:
-        self.policy, self.fps = policy, _rate(fps)
+        self.policy, self.fps = policy, positive("fps", fps, 1e4)
         self._horizon = policy.config.chunk_size
         self.rtc = self._mode(rtc)
         most, part = self._horizon, self._horizon * 3 // 5
@@ -100,7 +104,10 @@ class PolicyRunner:
         self._trace: TracebackType | None = None
         self._closed = False
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="mstar-runner", daemon=True)
+        self._thread = threading.Thread(
+            target=_work, args=(weakref.ref(self), self._wake), name="mstar-runner", daemon=True
+        )
+        weakref.finalize(self, self._wake.set)
         self._thread.start()
 
     # -- from the control loop ---------------------------------------------------------------
@@ -116,7 +123,8 @@ class PolicyRunner:
         self._wake.set()
 
     def get_action(self) -> np.ndarray | None:
-        """The next action, `[action_dim]`, or None if there is none yet. Never waits.
+        """The next action, `[action_dim]`, or None if there is none yet, or no more since the
+        runner was closed. Never waits.
 
         Raises:
             Exception: what inference failed with. There are no more actions until `reset`.
@@ -161,10 +169,12 @@ class PolicyRunner:
         return {"latency_ms": found, **counts}
 
     def close(self) -> None:
-        """End the thread. May be called twice."""
+        """End the thread, and the actions. May be called twice."""
         with self._lock:
             self._closed = True
             self._episode += 1
+            self._queue.clear()
+            self._latest = self._state = self._failure = self._trace = None
             pending = self._pending
         self._wake.set()
         if pending is not None:
@@ -180,21 +190,20 @@ class PolicyRunner:
 
     # -- on the thread -----------------------------------------------------------------------
 
-    def _work(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            with self._lock:
-                if self._closed:
-                    return
-                busy = self._failure is not None or len(self._queue) > self.queue_threshold
-                if busy or self._latest is None:
-                    continue
-                obs, self._latest = self._latest, None
-                episode, index, state = self._episode, self._queue.index, self._state
-                left = self._queue.left_over()
-            self._infer(obs, episode, index, None if left is None else left[0], state)
-            self._wake.set()  # there may be an observation already
+    def _round(self) -> bool:
+        """Infer if there is reason to; False at the end."""
+        with self._lock:
+            if self._closed:
+                return False
+            busy = self._failure is not None or len(self._queue) > self.queue_threshold
+            if busy or self._latest is None:
+                return True
+            obs, self._latest = self._latest, None
+            episode, index, state = self._episode, self._queue.index, self._state
+            left = self._queue.left_over()
+        self._infer(obs, episode, index, None if left is None else left[0], state)
+        self._wake.set()  # there may be an observation already
+        return True
 
     def _infer(
         self,
@@ -282,16 +291,21 @@ class PolicyRunner:
         return rtc
 
 
-def _rate(fps: float) -> float:
-    number = isinstance(fps, (int, float)) and not isinstance(fps, bool)
-    if not number or not 0 < fps <= 1e4:
-        raise InvalidRequest("fps", fps, "must be above 0, at most 10000")
-    return float(fps)
+def _work(runner: weakref.ref[PolicyRunner], wake: threading.Event) -> None:
+    """What the thread does. While it waits, it does not hold the runner."""
+    while True:
+        wake.wait()
+        wake.clear()
+        alive = runner()
+        if alive is None or not alive._round():
+            return
+        del alive
 
 
 def _rows(field: str, value: int | None, low: int, high: int, usual: int) -> int:
     if value is None:
         return usual
+    value = plain(value)
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidRequest(field, value, f"must be from {low} to {high}")
     return value

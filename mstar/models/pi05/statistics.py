@@ -11,7 +11,7 @@ import numpy as np
 
 from mstar.errors import WeightsError
 from mstar.models.fields import read_object
-from mstar.models.pi05.config import ACTION, STATE
+from mstar.models.pi05.config import ACTION, STATE, mode_of
 
 __all__ = ["Processors", "Statistics", "read_processors", "read_statistics"]
 
@@ -38,7 +38,7 @@ class Processors:
 
     Args:
         rename: keys of observations -> the names that the policy knows.
-        modes: kind of feature -> mode of normalisation; None if nothing is said.
+        modes: kind of feature -> mode of normalisation, as far as something is said.
         tokenizer: folder or hub name of the tokenizer.
         max_length: of the prompt in tokens.
         relative: whether actions are relative; None if nothing is said.
@@ -46,7 +46,7 @@ class Processors:
 
     statistics: Statistics = field(default_factory=Statistics)
     rename: Mapping[str, str] = field(default_factory=dict)
-    modes: Mapping[str, str] | None = None
+    modes: Mapping[str, str] = field(default_factory=dict)
     eps: float = 1e-8
     tokenizer: str | None = None
     max_length: int | None = None
@@ -76,7 +76,7 @@ def read_processors(folder: Path) -> Processors:
         rename=before.get("rename_observations_processor", {})
         .get("config", {})
         .get("rename_map", {}),
-        modes=config.get("norm_map"),
+        modes={kind: mode_of(mode) for kind, mode in (config.get("norm_map") or {}).items()},
         eps=config.get("eps", 1e-8),
         tokenizer=tokenize.get("artifacts", {}).get("tokenizer_name", name),
         max_length=tokenize.get("config", {}).get("max_length"),

@@ -43,6 +43,51 @@ class Goldens(dict):
         return {"images": images, "state": facts["state"], "task": facts["task"]}
 
 
+def asked(goldens: Goldens, row: int, missing=(), noise=None, **params) -> dict:
+    """Arguments of `Engine.generate` for an observation of the goldens."""
+    seen = goldens.observation(row, tuple(missing))
+    start = goldens["pair.noise"][row if noise is None else noise].numpy()
+    request = {"text": seen["task"], "images": seen["images"], "robot_state": seen["state"]}
+    return {**request, "noise": start, **params}
+
+
+def every_case(goldens: Goldens) -> dict[str, tuple[dict, torch.Tensor, float]]:
+    """Name -> arguments, what is expected, how near."""
+    facts, cases = goldens.facts, {}
+    for row, missing in enumerate([facts["pair"]["missing_cameras"]] * 2):
+        for name, raw in (("actions_norm", True), ("actions", False)):
+            expected = goldens[f"pair.{name}"][row]
+            cases[f"{name} {row}"] = asked(goldens, row, missing, raw=raw), expected, 5e-5
+    for steps in (1, 4, 10):
+        expected = goldens[f"single_full.actions_norm_steps{steps}"][0]
+        request = asked(goldens, 1, noise=0, num_steps=steps, raw=True)
+        cases[f"{steps} steps"] = request, expected, 5e-5
+    names = facts["pair"]["reference_camera_slot_order"]
+    for row, mask in enumerate(facts["per_sample_mask"]["image_masks"]):
+        missing = [name for name, there in zip(names, mask, strict=True) if not there]
+        expected = goldens["per_sample_mask.actions_norm"][row]
+        cases[f"masked {row}"] = asked(goldens, row, missing, raw=True), expected, 5e-5
+    rtc = facts["rtc"]
+    left = {
+        "prev_chunk_left_over": goldens["rtc.prev_chunk_left_over"],
+        "inference_delay": rtc["inference_delay"],
+        "raw": True,
+    }
+    for schedule in rtc["schedules"]:
+        guidance = {
+            "rtc_mode": "guided",
+            "prefix_attention_schedule": schedule,
+            "execution_horizon": rtc["execution_horizon"],
+            "max_guidance_weight": rtc["max_guidance_weight"],
+        }
+        request = asked(goldens, 0, rtc["missing_cameras"], **left, **guidance)
+        expected = goldens[f"rtc.{schedule}.actions_norm"][0, :, :7]
+        cases[f"guided {schedule}"] = request, expected, 2e-4
+    expected = goldens["rtc_trained.actions_norm"][0, :, :7]
+    cases["trained"] = asked(goldens, 0, rtc["missing_cameras"], **left), expected, 5e-5
+    return cases
+
+
 def picture(file: str) -> np.ndarray:
     """Bytes `[height, width, 3]` of a PNG of the goldens."""
     return np.array(Image.open(DATA / Path(file).name).convert("RGB"))

@@ -168,9 +168,9 @@ def test_guided(schedule, goldens, policy, processor):
         max_weight=facts["max_guidance_weight"],
     )
     tables = facts["schedules"][schedule]
-    torch.testing.assert_close(chunk.weights, torch.tensor(tables["prefix_weights"]))
+    torch.testing.assert_close(chunk.weights, torch.tensor([tables["prefix_weights"]]))
     torch.testing.assert_close(
-        chunk.gains, torch.tensor(tables["guidance_weights"]), atol=0, rtol=1e-6
+        chunk.gains, torch.tensor([tables["guidance_weights"]]), atol=0, rtol=1e-6
     )
     noise = goldens["pair.noise"][0]
     found = sample(policy, observation, noise, steered=chunk)

@@ -10,7 +10,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from pi05_data import TINY, Goldens
+from pi05_data import TINY, asked, every_case
 from safetensors.torch import load_file, save_file
 
 from mstar import Engine, InvalidRequest, WeightsError
@@ -28,51 +28,6 @@ LEFT = np.zeros((4, 7), np.float32)
 def engine():
     with Engine("pi05-tiny") as engine:
         yield engine
-
-
-def asked(goldens: Goldens, row: int, missing=(), noise=None, **params) -> dict:
-    """Arguments of `Engine.generate` for an observation of the goldens."""
-    seen = goldens.observation(row, tuple(missing))
-    start = goldens["pair.noise"][row if noise is None else noise].numpy()
-    request = {"text": seen["task"], "images": seen["images"], "robot_state": seen["state"]}
-    return {**request, "noise": start, **params}
-
-
-def every_case(goldens: Goldens) -> dict[str, tuple[dict, torch.Tensor, float]]:
-    """Name -> arguments, what is expected, how near."""
-    facts, cases = goldens.facts, {}
-    for row, missing in enumerate([facts["pair"]["missing_cameras"]] * 2):
-        for name, raw in (("actions_norm", True), ("actions", False)):
-            expected = goldens[f"pair.{name}"][row]
-            cases[f"{name} {row}"] = asked(goldens, row, missing, raw=raw), expected, 5e-5
-    for steps in (1, 4, 10):
-        expected = goldens[f"single_full.actions_norm_steps{steps}"][0]
-        request = asked(goldens, 1, noise=0, num_steps=steps, raw=True)
-        cases[f"{steps} steps"] = request, expected, 5e-5
-    names = facts["pair"]["reference_camera_slot_order"]
-    for row, mask in enumerate(facts["per_sample_mask"]["image_masks"]):
-        missing = [name for name, there in zip(names, mask, strict=True) if not there]
-        expected = goldens["per_sample_mask.actions_norm"][row]
-        cases[f"masked {row}"] = asked(goldens, row, missing, raw=True), expected, 5e-5
-    rtc = facts["rtc"]
-    left = {
-        "prev_chunk_left_over": goldens["rtc.prev_chunk_left_over"],
-        "inference_delay": rtc["inference_delay"],
-        "raw": True,
-    }
-    for schedule in rtc["schedules"]:
-        guidance = {
-            "rtc_mode": "guided",
-            "prefix_attention_schedule": schedule,
-            "execution_horizon": rtc["execution_horizon"],
-            "max_guidance_weight": rtc["max_guidance_weight"],
-        }
-        request = asked(goldens, 0, rtc["missing_cameras"], **left, **guidance)
-        expected = goldens[f"rtc.{schedule}.actions_norm"][0, :, :7]
-        cases[f"guided {schedule}"] = request, expected, 2e-4
-    expected = goldens["rtc_trained.actions_norm"][0, :, :7]
-    cases["trained"] = asked(goldens, 0, rtc["missing_cameras"], **left), expected, 5e-5
-    return cases
 
 
 def test_every_golden_alone_and_all_of_them_at_once(engine, goldens):
@@ -121,6 +76,23 @@ def test_the_result_tells_what_it_is(engine, goldens):
     }
     assert result.usage.prompt_tokens == goldens.facts["pair"]["token_counts"][0]
     assert result.finish_reason == "stop"
+
+
+def test_forms_of_noise_states_and_names(engine, goldens):
+    request = asked(goldens, 0)
+    rounded = torch.from_numpy(request["noise"]).bfloat16()
+    state = np.array(request["robot_state"], np.float32)
+    expected = engine.act(**{**request, "noise": rounded.float().numpy()})
+    for change in (
+        {"noise": rounded},
+        {"noise": rounded.float().numpy().astype(">f4"), "robot_state": state.astype(">f4")},
+        {"noise": rounded.tolist(), "robot_state": ", ".join(map(str, state.tolist()))},
+        {
+            "noise": rounded,
+            "images": {f"observation.images.{k}": v for k, v in request["images"].items()},
+        },
+    ):
+        assert np.array_equal(engine.act(**{**request, **change}), expected)
 
 
 def test_images_in_a_list_are_those_of_the_cameras_in_order(engine, goldens):
@@ -233,6 +205,22 @@ def test_robot_units_need_statistics(tmp_path, goldens, engine):
         assert policy.warmup().keys() == {"first_s", "warm_s"}
     with Engine("pi05", weights=folder, options={"statistics": TINY}) as given:
         assert np.array_equal(given.act(**request), engine.act(**request))
+
+
+def test_a_state_in_the_prompt_needs_statistics():
+    wide = {"q01": [-10.0] * 7, "q99": [10.0] * 7}
+    with Engine("pi05-tiny", options={"statistics": {"actions": wide}}) as engine:
+        with pytest.raises(InvalidRequest, match=r"no statistics of the state .QUANTILES., which"):
+            engine.act(**ASKED)
+        assert engine.act(**ASKED, raw=True).shape == (10, 7)
+
+
+def test_a_mode_of_normalisation_that_nobody_knows(tmp_path):
+    folder = copied(tmp_path / "policy")
+    file = folder / "policy_preprocessor.json"
+    file.write_text(file.read_text().replace('"QUANTILES"', '"DECILES"'))
+    with pytest.raises(WeightsError, match="norm_map: 'DECILES' must be one of IDENTITY, MEAN_STD"):
+        Engine("pi05", weights=folder)
 
 
 def test_statistics_as_an_argument():

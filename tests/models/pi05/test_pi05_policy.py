@@ -13,6 +13,7 @@ import torch
 from pi05_data import TINY, picture
 
 from mstar import DeadlineExceeded, Engine, InvalidRequest, RequestCancelled, Robot
+from mstar.models.pi05.robots import PRESETS, robot_for
 
 KEYS = {
     "base_0_rgb": "observation.images.base_0_rgb",
@@ -121,6 +122,49 @@ def test_a_robot_that_the_policy_was_not_made_for(engine):
         engine.policy("spot")
 
 
+@pytest.mark.parametrize(
+    ("robot", "field", "message"),
+    [
+        (3, "robot", "must be one of droid, libero, aloha, or a Robot, or a map of its fields"),
+        ({}, "robot", "must be one of droid"),
+        ({"preset": "spot"}, "robot", "must be one of droid"),
+        (
+            {"preset": "droid", "camera": 1},
+            "robot.camera",
+            "unknown; there are preset, adapt, name",
+        ),
+        ({"state": {"q": 8}}, "robot.images", "must have a camera"),
+        ({"images": ["front"]}, "robot.images", "must be a map from names to names"),
+        ({"images": {"base_0_rgb": "x"}, "state": {"q": "8"}}, "robot.state", "or None for any"),
+        ({"preset": "droid", "delta": "joints"}, "robot.delta", "must be a list"),
+        ({"preset": "droid", "action_dim": 0}, "robot.action_dim", "must be at least 1"),
+    ],
+)
+def test_maps_that_are_no_robot(robot, field, message, engine):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        engine.policy(robot)
+    assert caught.value.field == field
+
+
+def test_what_is_no_map_of_names(engine):
+    with pytest.raises(InvalidRequest, match=r"rename=.*must be a map from names to names"):
+        engine.policy(rename=["a"])
+
+
+def test_deltas_of_a_preset_are_those_of_policies_of_openpi():
+    aloha = PRESETS["aloha"]
+    assert robot_for("aloha") == aloha
+    assert robot_for("aloha", deltas=False) == replace(aloha, delta=())
+    own = robot_for({"preset": "aloha", "delta": [True, False], "adapt": False}, deltas=False)
+    assert (own.delta, own.encode_state, own.decode_actions) == ((True, False), None, None)
+    assert own.images == aloha.images
+
+
+def test_a_preset_on_a_policy_of_lerobot(engine):
+    found = engine.policy({"preset": "libero", "fps": 10}).robot
+    assert found == replace(PRESETS["libero"], fps=10)
+
+
 def test_engines_without_actions_have_no_policy():
     with Engine("orpheus-tiny") as engine, pytest.raises(InvalidRequest, match="makes no actions"):
         engine.policy()
@@ -142,6 +186,7 @@ def test_an_observation_in_any_form(policy, seen, goldens):
         "channels first": {k: v.transpose(2, 0, 1) for k, v in images.items()},
         "batched": {k: torch.from_numpy(v.transpose(2, 0, 1))[None] for k, v in images.items()},
         "floats": {k: v / np.float32(255) for k, v in images.items()},
+        "another byte order": {k: (v / np.float32(255)).astype(">f4") for k, v in images.items()},
         "read-only": {k: np.frombuffer(v.tobytes(), np.uint8).reshape(v.shape)
                       for k, v in images.items()},
     }  # fmt: skip
@@ -182,6 +227,9 @@ def test_a_robot_of_ones_own_with_names_of_ones_own(engine, policy, seen, golden
     }
     found = arm.infer(observation, noise=noise)["actions"]
     assert np.array_equal(found, -expected[:, :6])
+    fields = {name: value for name, value in vars(own).items() if value is not None}
+    arm = engine.policy(fields, rename={"cameras.f": "front", "cameras.w": "wrist"})
+    assert np.array_equal(arm.infer(observation, noise=noise)["actions"], found)
     raw = arm.infer(observation, noise=noise, raw=True)["actions"]
     expect(raw, goldens["pair.actions_norm"][0])
 
@@ -213,7 +261,7 @@ def test_one_error_names_all_faults(policy):
 
 def test_a_deadline_that_is_kept_changes_nothing(policy, seen):
     expected = policy.infer(seen, seed=1)["actions"]
-    found = policy.infer(seen, seed=1, deadline_ms=60_000)["actions"]
+    found = policy.infer(seen, seed=np.int64(1), deadline_ms=np.float32(60_000))["actions"]
     assert np.array_equal(found, expected)
 
 

@@ -100,6 +100,7 @@ def test_where_an_image_goes():
         (np.zeros((4, 4, 3), np.int64), "must be uint8, or floats from 0 to 1"),
         (np.full((4, 4, 3), 255.0), "image='255 to 255': floats must be from 0 to 1"),
         (np.full((4, 4, 3), np.nan), "floats must be from 0 to 1"),
+        (np.full((4, 4, 3), 1.0011), "1.0011 to 1.0011': floats must be from 0 to 1"),
         (np.array([["a"]]), "must be an array or an image"),
         (np.array([[None]]), "must be an array or an image"),
         ("base.png", "image='str': must be an array or an image"),
@@ -108,6 +109,18 @@ def test_where_an_image_goes():
 def test_what_is_no_image_is_refused(image, message):
     with pytest.raises(InvalidRequest, match=message):
         model_image("image", image, (56, 56), "lerobot")
+
+
+@pytest.mark.parametrize("rule", ["lerobot", "openpi"])
+def test_floats_a_little_out_of_range_are_clipped(rule):
+    dice = np.random.default_rng(0)
+    image = dice.choice(np.array([0, 1], np.float32), (56, 56, 3))
+    near = image + dice.choice(np.array([-1e-3, 0, 1e-3], np.float32), image.shape)
+    for size in ((56, 56), (28, 28)):
+        expected = model_image("image", image, size, rule)
+        found = model_image("image", np.clip(near, -1e-3, 1.001), size, rule)
+        torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
+        assert found.abs().max() <= 1
 
 
 # -- normalising ---------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
 import traceback
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -325,3 +327,20 @@ def test_closing_ends_the_thread_and_gives_up_what_runs(fake):
     assert fake.cancelled == 1
     until(lambda: threading.active_count() == before)
     assert runner.get_action() is None
+
+
+def test_a_closed_runner_hands_out_no_rows(run):
+    runner = run()
+    feed(runner, 1)
+    assert rows(runner, 1) == [(1, 0)]
+    runner.close()
+    runner.notify(2)
+    assert runner.get_action() is None
+    assert runner.stats["starvations"] == 0
+
+
+def test_a_runner_that_nobody_holds_ends_its_thread(fake):
+    before = threading.active_count()
+    runner = weakref.ref(PolicyRunner(fake, np.float32(10)))
+    until(lambda: gc.collect() is not None and runner() is None)
+    until(lambda: threading.active_count() == before)
