@@ -1,93 +1,156 @@
-"""One step of the flow for all requests that are at one: guidance, Euler, the next inputs."""
+"""The node of the flow: which steps go together, and the pages of KV cache that they take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from mstar.engine.kernels.guided_euler import guided_euler
-from mstar.engine.kernels.staging import to_device
-from mstar.models.bagel.guidance import Guidance, guidance_table
-from mstar.models.bagel.networks import Bagel
+from mstar.engine.kvcache import KVGroup
+from mstar.engine.node import Node
+from mstar.engine.pages import PagesExhausted
+from mstar.engine.traps import Call
+from mstar.errors import OutOfMemory
+from mstar.models.bagel.guidance import UNGUIDED
+from mstar.models.bagel.positions import Grid
+from mstar.models.bagel.schedule import FlowStep
+from mstar.models.bagel.stepping import Draft, FlowCall, Stepper
 
-__all__ = ["UNGUIDED", "FlowCall", "flow_runner"]
+__all__ = ["Flow"]
 
-UNGUIDED = Guidance()
-
-
-@dataclass(eq=False)
-class FlowCall:
-    """The end of one step and the beginning of the next.
-
-    Args:
-        grid: latent tokens down and across.
-        latents: x at the step's timestep, float32 `[tokens, latent_dim]`.
-        next_t: the timestep that follows.
-        dt: how far it is from this step's.
-        hidden: what the last layer puts out in the branches `main`, `text`, `image`, each
-            `[tokens, hidden]`; `None` where a branch is not needed. Empty before the first step.
-        guidance: how the branches are mixed.
-    """
-
-    grid: tuple[int, int]
-    latents: Tensor
-    next_t: float
-    dt: float = 0.0
-    hidden: tuple[Tensor | None, ...] = ()
-    guidance: Guidance = UNGUIDED
+_AHEAD = 2  # steps that a GPU may have before it
 
 
-def flow_runner(
-    bagel: Bagel, marks: Tensor
-) -> Callable[[list[FlowCall]], list[tuple[Tensor, Tensor]]]:
-    """What the node runs: calls of one grid -> their latents at `next_t`, and the inputs
-    `[tokens + 2, hidden]` of the decoder there.
+class Flow(Node):
+    """Takes `FlowCall`s, gives their latents at the next timestep.
+
+    A batch holds steps of images of one size, each with all its branches.
 
     Args:
-        marks: embeddings of the start and the end of an image, `[2, hidden]`.
+        budget: most tokens of a batch; one image always fits.
     """
 
-    def run(calls: list[FlowCall]) -> list[tuple[Tensor, Tensor]]:
-        latents = torch.stack([call.latents for call in calls])
-        moving = [index for index, call in enumerate(calls) if call.hidden]
-        if moving:
-            moved = _euler(bagel, latents, [calls[i] for i in moving], moving)
-            latents = (
-                moved
-                if len(moving) == len(calls)
-                else latents.index_copy(0, to_device(moving, torch.int64, latents.device), moved)
-            )
-        t = to_device([call.next_t for call in calls], torch.float32, latents.device)
-        tokens = bagel.latent_tokens(latents, t, *calls[0].grid)
-        ends = marks.expand(len(calls), -1, -1)
-        return list(zip(latents, torch.cat([tokens, ends], 1), strict=True))
+    def __init__(self, stepper: Stepper, budget: int) -> None:
+        super().__init__("flow", self._run)
+        self.stepper = stepper
+        self.pool = stepper.pool
+        self.budget = budget
+        self._launched: deque[torch.cuda.Event] = deque()
 
-    return run
+    def bind(self, schedule: Callable[[Node], None]) -> None:
+        """Tell whom to notify when calls that waited for pages may go on."""
+        self.pool.on_release.append(lambda: self._only and schedule(self))
+
+    def enqueue(self, call: Call) -> None:
+        """See `Node.enqueue`."""
+        _group(call).waiting += 1
+        super().enqueue(call)
+
+    def withdrawn(self, call: Call) -> None:
+        """See `Node.withdrawn`. Its sequences are idle now: others may take their pages."""
+        if call in self._only:
+            self._remove(call)
+            self.pool.released()
+
+    def take(self) -> list[Call]:
+        """The next batch: sizes take turns, eldest requests come first, pages are reserved."""
+        for grid in dict.fromkeys(call.payload.grid for call in self._only):
+            batch = self._of_size(grid)
+            for call in batch:
+                self._remove(call)
+            if batch:
+                return batch
+        return []
+
+    def warmup(self, grid: Grid) -> None:
+        """Capture steps of images of a size: as many as go together, with and without guidance by
+        text, and one that is guided by an image, too. None of it where nothing is captured."""
+        if self.stepper.captured is None:
+            return
+        rows = grid[0] * grid[1]
+        still = torch.zeros(rows, self.stepper.bagel.config.patch_latent_dim)
+        still = still.to(self.pool.tensor.device)
+        most = max(1, self.budget // (2 * (rows + 2)))
+        for images, branches in [*product(range(1, most + 1), (2, 1)), (1, 3)]:
+            with ExitStack() as stack:
+                context = stack.enter_context(self.pool.open())
+                calls = []
+                for _ in range(images):
+                    drafts = [Draft(stack.enter_context(context.fork())) for _ in range(branches)]
+                    padded = (*drafts, *[None] * (3 - branches))
+                    calls.append(FlowCall(grid, still, FlowStep(1.0, 1.0, False), padded, UNGUIDED))
+                    try:
+                        for draft in drafts:
+                            draft.kv.reserve(calls[0].tokens, set())
+                    except PagesExhausted:  # so many will never be drawn together
+                        return
+                self._run(calls)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _remove(self, call: Call) -> None:
+        self._only.remove(call)
+        _group(call).waiting -= 1
+
+    def _of_size(self, grid: Grid) -> list[Call]:
+        batch: list[Call] = []
+        busy: set[KVGroup] = set()
+        room, starved = self.budget, False
+        calls = [call for call in self._only if call.payload.grid == grid]
+        for call in sorted(calls, key=lambda call: _group(call).age):
+            asked: FlowCall = call.payload
+            size = len(asked.branches) * asked.tokens
+            if (batch and size > room) or (starved and not self._has_pages(asked)):
+                continue
+            try:
+                for draft in asked.branches:
+                    draft.kv.reserve(asked.tokens, busy)
+            except Exception as error:
+                exhausted = isinstance(error, PagesExhausted)
+                starved = starved or exhausted
+                if batch or (exhausted and not self.pool.is_alone(_group(call))):
+                    continue  # it waits
+                return [call]  # it never fits: `_run` says so
+            busy.add(_group(call))
+            batch.append(call)
+            room -= size
+        return batch
+
+    def _has_pages(self, call: FlowCall) -> bool:
+        return all(
+            not draft.kv.group.is_out
+            and self.pool.pages_for(draft.kv.length + call.tokens) <= len(draft.kv.pages)
+            for draft in call.branches
+        )
+
+    def _run(self, calls: list[FlowCall]) -> list[Tensor]:
+        for call in calls:
+            if not self._has_pages(call):
+                raise OutOfMemory(
+                    f"the KV cache holds {self.pool.capacity} tokens, too few for the "
+                    f"{len(call.branches)} contexts of an image of {call.tokens}"
+                )
+        moved = list(self._in_pace(calls))
+        self.pool.released()  # the sequences are idle now: calls of another node may want pages
+        return moved
+
+    def _in_pace(self, calls: list[FlowCall]) -> Tensor:
+        """A GPU gets steps no faster than it takes them: who comes in later is to join soon, and
+        progress is to be true."""
+        if not self.pool.tensor.is_cuda:
+            return self.stepper.run(calls)
+        if len(self._launched) == _AHEAD:
+            self._launched.popleft().synchronize()
+        moved = self.stepper.run(calls)
+        event = torch.cuda.Event()
+        event.record()
+        self._launched.append(event)
+        return moved
 
 
-def _euler(
-    bagel: Bagel,
-    latents: Tensor,
-    calls: Sequence[FlowCall],
-    rows: Sequence[int],
-) -> Tensor:
-    """x - v * dt of the calls, whose latents are the given rows."""
-    states: list[Tensor] = []
-    places: list[list[int]] = [[], [], []]  # of each call's branches, in `states`
-    for call in calls:
-        main = len(states)
-        for branch, hidden in enumerate(call.hidden):
-            places[branch].append(main if hidden is None else len(states))
-            if hidden is not None:
-                states.append(hidden)
-    velocities = bagel.velocity(torch.stack(states))
-    numbers = [place for branch in places for place in branch]
-    device = latents.device
-    table = guidance_table([call.guidance for call in calls], [call.dt for call in calls], device)
-    start = latents if len(rows) == len(latents) else latents[to_device(rows, torch.int64, device)]
-    return guided_euler(
-        start, velocities, to_device(numbers, torch.int32, device).view(3, -1), table
-    )
+def _group(call: Call) -> KVGroup:
+    return call.payload.drafts[0].kv.group

@@ -16,7 +16,7 @@ from mstar.engine.kernels.guided_euler import guided_euler
 from mstar.engine.kernels.staging import to_device
 from mstar.models.bagel.card import RENORM_TYPES
 
-__all__ = ["Guidance", "guidance_table", "guided_velocity"]
+__all__ = ["UNGUIDED", "Guidance", "guidance_table", "guided_velocity"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Guidance:
     def by_image(self) -> bool:
         """Whether the velocity without images is needed; never without that of text."""
         return self.by_text and self.image_scale > 1
+
+
+UNGUIDED = Guidance()
 
 
 def guidance_table(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mstar.engine.captured import record
 from mstar.engine.content import media_content
 from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.kvcache import KVCache, KVPool
@@ -23,7 +24,7 @@ from mstar.models.bagel.autoencoder import Autoencoder
 from mstar.models.bagel.card import MOST_TOKENS
 from mstar.models.bagel.contexts import Contexts, Mark, Medium
 from mstar.models.bagel.drawing import Branches, draw
-from mstar.models.bagel.flow import flow_runner
+from mstar.models.bagel.flow import Flow
 from mstar.models.bagel.networks import Bagel as Networks
 from mstar.models.bagel.networks import load_networks
 from mstar.models.bagel.pictures import Picture
@@ -31,6 +32,7 @@ from mstar.models.bagel.pixels import patchify
 from mstar.models.bagel.plan import Plan, Planner
 from mstar.models.bagel.prompt import THINK_THEN_ANSWER, THINK_THEN_DRAW, Tokenizer
 from mstar.models.bagel.runners import decode_runner, encode_runner, vision_runner
+from mstar.models.bagel.stepping import Stepper
 from mstar.models.base import Inputs, Model, Setup
 from mstar.models.text import TextGeneration, sampling_params
 
@@ -68,13 +70,16 @@ class Bagel(Model):
             key=lambda picture: picture.size,
             max_batch=4,
         )
-        self.flow = Node("flow", flow_runner(bagel, self.marks), key=lambda call: call.grid)
+        on_gpu = lm.device.type == "cuda"
+        stepper = Stepper(bagel, lm.pool, self.marks, record() if on_gpu else None)
+        self.flow = Flow(stepper, budget=lm.span_budget)
         self.decode = Node(
             "decode",
             decode_runner(autoencoder, self.config.latent_patch_size),
             key=lambda image: image.grid,
-            max_batch=4,
-            beside=True,
+            # A CPU takes longer over several at a time: their pixels leave its cache.
+            max_batch=4 if on_gpu else 1,
+            beside=on_gpu,
         )
 
     @classmethod
@@ -128,6 +133,8 @@ class Bagel(Model):
     def warmup(self) -> None:
         """See `Model.warmup`."""
         self.lm.warmup()
+        side = self.planner.usual // self.config.latent_downsample
+        self.flow.warmup((side, side))
 
     # -- laying a request out ----------------------------------------------------------------
 

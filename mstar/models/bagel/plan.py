@@ -81,12 +81,16 @@ class Planner:
 
     Args:
         side: latent tokens along the sides of the largest image.
+
+    Attributes:
+        largest, usual: pixels along the sides of images: the most, and where nothing is asked for.
     """
 
     def __init__(self, config: BagelConfig, tokenizer: Tokenizer, side: int) -> None:
         self.config = config
         self.tokenizer = tokenizer
-        self.side = side
+        self.largest = side * config.latent_downsample
+        self.usual = min(1024, self.largest)
 
     def plan(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
         """Lay a request out.
@@ -198,8 +202,8 @@ class Planner:
     def _size(self, pictures: list[Picture], params: dict[str, Any]) -> tuple[int, int]:
         """Height and width of the image: as asked, or of the last picture, or the usual."""
         unit = self.config.latent_downsample
-        largest = self.side * unit
-        usual = pictures[-1].size if pictures else (min(1024, largest),) * 2
+        largest = self.largest
+        usual = pictures[-1].size if pictures else (self.usual,) * 2
         asked = params["height"], params["width"]
         size = tuple(own or other for own, other in zip(asked, usual, strict=True))
         for name, value in zip(("height", "width"), size, strict=True):
