@@ -25,10 +25,10 @@ def test_an_example_runs(example, tmp_path):
 
 def test_the_readme_programs_run(tmp_path):
     blocks = []
-    for section in ("In Python", "Robots"):
+    for section in ("In Python", "Video and world models", "Robots"):
         text = re.search(rf"## {section}\n(.*?)\n## ", README, re.S)[1]
         blocks += re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for block in blocks:
         (tmp_path / "program.py").write_text(block)
         run(["program.py"], tmp_path)
