@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 from torch import Tensor
@@ -20,20 +21,26 @@ __all__ = ["frames_of", "goal_of", "seen_of"]
 
 
 def frames_of(
-    field: str, value: Any, num_frames: int | None = None, first: int | None = None
+    field: str,
+    value: Any,
+    num_frames: int | None = None,
+    first: int | None = None,
+    usual: int | None = None,
 ) -> Tensor:
     """Square frames uint8 `[frames, 3, side, side]` of a video or an image.
 
     Args:
         num_frames: so many of them, evenly spread.
         first: only so many of those, from the beginning; the others are not decoded.
+        usual: the most that are taken from a file, if nobody says; None for all.
 
     Raises:
         InvalidRequest: it cannot be read, or has too few frames.
     """
     try:
         video = open_video(value)
-        places: Sequence[int] = chosen(video, num_frames, None, None)
+        in_file = isinstance(value, (str, PathLike, bytes, bytearray, memoryview, tuple))
+        places: Sequence[int] = chosen(video, num_frames, None, usual if in_file else None)
         if first is not None and len(places) < first:
             raise ValueError(f"it has {len(places)} frames, of {first} that are needed")
         places = places[:first]

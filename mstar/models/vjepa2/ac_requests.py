@@ -79,7 +79,7 @@ def lay_out(
     inputs, pictured = _goal_apart(inputs, params, flow)
     field, value = still_or_clip(inputs)
     first = None if flow in ("encode", "pass") else params["context_frames"]
-    frames = frames_of(field, value, params["num_frames"], first)
+    frames = frames_of(field, value, params["num_frames"], first, config.num_frames)
     if flow == "encode":
         return Asked(flow, frames, params["clip"] != "frames")
     if flow in ("plan", "energy"):

@@ -8,39 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mstar.engine.captured import CapturedSteps, record
-from mstar.engine.node import Node
 from mstar.engine.traps import gather
-from mstar.models.vjepa2.ac_networks import AcNetworks
+from mstar.models.vjepa2.ac_nodes import AcNodes, Seeing, Whole
 from mstar.models.vjepa2.ac_predictor import Frames
 from mstar.models.vjepa2.ac_requests import Asked, Search
 from mstar.models.vjepa2.cem import SEARCHED
-from mstar.models.vjepa2.goals import cost
 from mstar.models.vjepa2.planner_budget import Budget
 from mstar.models.vjepa2.poses import trajectory
-from mstar.models.vjepa2.rollout import Finish, Rollouts, Start, Step, run_through
+from mstar.models.vjepa2.rollout import Finish, Rollouts, Start, Step
 
 __all__ = ["Found", "WorldModel"]
-
-_FEW_FRAMES = 16  # whose encoding is worth a captured step
-_ROOM = {"cpu": 1 << 28, "cuda": 1 << 32}  # bytes of one batch: activations, and cached frames
-
-
-@dataclass(frozen=True, eq=False)
-class _Seeing:
-    frames: Tensor  # uint8 [frames, 3, side, side]
-    clip: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Whole:
-    """A rollout in one piece, or the costs at its end if there is a goal."""
-
-    latents: Tensor
-    actions: Tensor
-    states: Sequence[Tensor]
-    goal: Tensor | None = None
-    kind: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,81 +36,17 @@ class Found:
     states: list[Tensor]
 
 
-class WorldModel:
-    """Nodes `encode`, `predict` and `imagine`, and the flows through them.
-
-    Rollouts are steps of `predict`, so others take turns with them, but where steps are captured:
-    then they are one step of `imagine`, all of it.
+class WorldModel(AcNodes):
+    """The flows through the nodes.
 
     Frames are uint8 `[frames, 3, side, side]`. Latents are `[frames, patches, embed_dim]`, on the
     device. Where a flow sees something, it may be either.
     """
 
-    def __init__(self, networks: AcNetworks, captured: CapturedSteps | None = None) -> None:
-        self.networks, self.predictor = networks, networks.predictor
-        self.config, self.device = networks.config, networks.device
-        self.encode = Node("encode", self._encode, key=_alike, cost=_frames, max_cost=64)
-        if captured is None and self.device.type == "cuda":
-            captured = CapturedSteps(record(), self.device)
-        self.captured = captured
-        self.whole = Node("imagine", self._imagine, max_batch=1)
-        most = self._size(1, 0)
-        self.predict = Node("predict", self._predict, key=_same_place, cost=_samples, max_cost=most)
-
-    @torch.inference_mode()
-    def _encode(self, batch: list[_Seeing]) -> list[Tensor]:
-        frames = [call.frames.to(self.device) for call in batch]
-        if batch[0].clip:
-            return [self.networks.encode_clip(each) for each in frames]
-        together = torch.cat(frames)
-        if self.captured is None or len(together) > _FEW_FRAMES:
-            found = self.networks.encode_frames(together)
-        else:
-            (found,) = self.captured.run(self._see, together, key="encode")
-            found = found.clone()
-        return list(found.split([len(each) for each in frames]))
-
-    @torch.inference_mode()
-    def _predict(self, batch: list[Step]) -> list[Tensor]:
-        hidden = self.predictor([call.frames for call in batch])
-        return [call.finish(each) for call, each in zip(batch, hidden, strict=True)]
-
-    def _see(self, frames: Tensor) -> tuple[Tensor]:
-        return (self.networks.encode_frames(frames),)
-
-    @torch.inference_mode()
-    def _imagine(self, batch: list[_Whole]) -> list[Tensor]:
-        found = []
-        for call in batch:
-            kind, scored = call.kind, call.goal is not None
-            given = (call.latents, *([call.goal] if scored else []), call.actions, *call.states)
-
-            def step(latents: Tensor, *rest: Tensor, scored=scored, kind=kind) -> tuple[Tensor]:
-                goal, rest = (rest[0], rest[1:]) if scored else (None, rest)
-                actions, *states = rest
-                rollouts = Rollouts(self.predictor, Start(latents, actions[0, :0], actions[0, :0]))
-                if goal is not None:
-                    steps = rollouts.roll(actions, states, self._cost(goal, kind))
-                    return (run_through(self.predictor, steps),)
-                kept: list[Tensor] = []
-                run_through(self.predictor, rollouts.roll(actions, states), kept.append)
-                return (torch.cat(kept, 1),)
-
-            (made,) = self.captured.run(step, *given, key=("imagine", scored, kind))
-            found.append(made.clone())
-        return found
-
-    def _cost(self, goal: Tensor, kind: str) -> Finish:
-        """What the last step of a rollout makes of its hidden states, to score it."""
-        predictor, eps = self.predictor, self.config.reps_layer_norm_eps
-        return lambda hidden: cost(predictor.latents(hidden)[:, 0], goal, kind, eps)
-
-    # -- flows -------------------------------------------------------------------------------
-
     async def see(self, seen: Tensor, clip: bool = False) -> Tensor:
         """The latents of frames; latents as they are."""
         if seen.dtype == torch.uint8:
-            return await self.encode(_Seeing(seen, clip))
+            return await self.encode(Seeing(seen, clip))
         return seen.to(self.device)
 
     async def one_pass(
@@ -192,7 +105,7 @@ class WorldModel:
         for part in parts:
             if tell is None and self._capturing(rollouts):
                 given = self.here(actions[part]), self._rows(states, part)
-                found.append(await self.whole(_Whole(rollouts.start.latents, *given)))
+                found.append(await self.whole(Whole(rollouts.start.latents, *given)))
                 continue
             steps: list[Tensor] = []
 
@@ -228,7 +141,7 @@ class WorldModel:
             goal: `[patches, embed_dim]`.
             kind: see `cost`.
         """
-        size = self._size(1, rollouts.start.past + actions.shape[1])
+        size = self.size(1, rollouts.start.past + actions.shape[1])
         found, done = [], 0
         while done < len(actions):
             count = min(size, len(actions) - done)
@@ -239,10 +152,10 @@ class WorldModel:
             part = slice(done, done + count)
             given = self.here(actions[part]), self._rows(states, part)
             if self._capturing(rollouts):
-                call = _Whole(rollouts.start.latents, *given, goal, kind)
+                call = Whole(rollouts.start.latents, *given, goal, kind)
                 found.append(await self.whole(call))
             else:
-                steps = rollouts.roll(*given, self._cost(goal, kind))
+                steps = rollouts.roll(*given, self.cost(goal, kind))
                 found.append(await self._walk(steps))
             done += count
             if clock is not None:
@@ -298,10 +211,6 @@ class WorldModel:
         except StopIteration as end:
             return end.value
 
-    def here(self, tensor: Tensor) -> Tensor:
-        """A tensor as float32 on the device."""
-        return tensor.to(self.device, torch.float32)
-
     def _capturing(self, rollouts: Rollouts) -> bool:
         start = rollouts.start
         return self.captured is not None and not start.past and start.extrinsics is None
@@ -309,29 +218,6 @@ class WorldModel:
     def _rows(self, states: Sequence[Tensor], part: slice) -> list[Tensor]:
         return [self.here(each if len(each) == 1 else each[part]) for each in states]
 
-    def _size(self, frames: int, cached: int) -> int:
-        """Samples in a batch: of so many frames at a time, with a cache for so many."""
-        sizes, item = self.config.predictor, self.predictor.predictor_norm.weight.itemsize
-        kept = 2 * self.config.pred_depth * sizes.width * cached if cached > 1 else 0
-        each = (kept + 2 * frames * (sizes.hidden + sizes.width)) * self.predictor.frame_tokens
-        return max(1, _ROOM[self.device.type] // (each * item))
-
     def _parts(self, samples: int, frames: int, cached: int) -> Iterator[slice]:
-        size = self._size(frames, cached)
+        size = self.size(frames, cached)
         return (slice(first, first + size) for first in range(0, samples, size))
-
-
-def _frames(call: _Seeing) -> int:
-    return len(call.frames)
-
-
-def _alike(call: _Seeing) -> tuple[bool, torch.Size]:
-    return call.clip, call.frames.shape[-2:]
-
-
-def _samples(step: Step) -> int:
-    return step.frames.samples * step.frames.count
-
-
-def _same_place(step: Step) -> tuple[int, int]:
-    return step.frames.first, step.frames.count

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mstar.engine.kernels.layer_norm import layer_norm
 from mstar.engine.layers.linear import linear
@@ -15,13 +12,6 @@ from mstar.models.vjepa2.rotary import Rotation, rotate
 
 __all__ = ["MLP", "Attention", "Block", "apply", "attend"]
 
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
 
 def apply(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer(x)`, by the library that is fastest for it."""
@@ -29,13 +19,8 @@ def apply(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention `[batch, heads, tokens, head_dim]`, scores scaled by 1 / sqrt(head_dim).
-
-    On a GPU by the first of cuDNN, flash, ... that can.
-    """
-    best = sdpa_kernel(_BACKENDS, set_priority=True) if q.is_cuda else nullcontext()
-    with best:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    """Attention `[batch, heads, tokens, head_dim]`, scores scaled by 1 / sqrt(head_dim)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):

@@ -70,7 +70,12 @@ PARAMETERS = Parameters(
     "vjepa2_ac",
     [
         Parameter(
-            "num_frames", int, low=1, high=1024, nullable=True, help="frames taken evenly; else all"
+            "num_frames",
+            int,
+            low=1,
+            high=1024,
+            nullable=True,
+            help="frames taken evenly; by default all, of files at most as many as in training",
         ),
         Parameter("skip_predictor", bool, False, help="the encoder's latents alone"),
         Parameter(
@@ -154,7 +159,7 @@ CARD = ModelCard(
     inputs=("video", "image"),
     outputs=("latent", "action"),
     parameters=PARAMETERS,
-    repos={"vjepa2_ac": "facebook/vjepa2-ac-vitg"},
+    repos={"vjepa2_ac": "https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt"},
     tiny=Path(__file__).parent / "tiny",
     full=Path(__file__).parent / "full",
     recognises=_recognises,

@@ -15,36 +15,13 @@ from mstar.engine.request import Request
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.base import Inputs, Model, Setup
 from mstar.models.vjepa2.networks import VJEPA2, find_config, load_networks
-from mstar.models.vjepa2.plan import Masks, frames_of, masks_of, still_or_clip
+from mstar.models.vjepa2.plan import Asked, Masks, Seen, frames_of, masks_of, still_or_clip
 from mstar.models.vjepa2.preprocess import PixelRule, normalise, pixel_rule
 
-__all__ = ["Asked", "Seen", "VJepa2"]
+__all__ = ["VJepa2"]
 
 _MOST_TOKENS = 1 << 16  # of one batch
 _CAPTURED_TOKENS = 1 << 12  # of a batch that is worth a captured step: larger ones take their time
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """What one call of the encoder looks at.
-
-    Args:
-        frames: uint8 `[frames, 3, crop, crop]`.
-        ids: only these tokens, int64 `[tokens]`.
-    """
-
-    frames: Tensor
-    ids: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """One call of the predictor: context `[context, hidden]` and the numbers of its tokens and of
-    those to predict, int64 `[context]` and `[targets]`."""
-
-    context: Tensor
-    context_ids: Tensor
-    target_ids: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +70,7 @@ class VJepa2(Model):
         heads, longest = options.get("pooler_heads"), options.get("max_rollout", 16)
         for name, value in (("pooler_heads", heads), ("max_rollout", longest)):
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if value is not None and not whole:
+            if not whole and (name, value) != ("pooler_heads", None):
                 raise InvalidRequest(f"options.{name}", value, "must be an integer of at least 1")
         config = find_config(folder, options.get("size"))
         try:
@@ -267,11 +244,11 @@ class VJepa2(Model):
         return list(self.net.classifier(torch.stack(batch)))
 
     def warmup(self) -> None:
-        """See `Model.warmup`: a clip of the usual length."""
-        shape = self.config.frames_per_clip, 3, self.rule.crop, self.rule.crop
-        (tokens,) = self._encode([Seen(torch.zeros(shape, dtype=torch.uint8))])
-        ids = torch.arange(len(tokens))
-        self._predict([Asked(tokens, ids, ids)])
+        """See `Model.warmup`: a still, and a clip of the usual length."""
+        for count in (1, self.config.frames_per_clip):
+            shape = count, 3, self.rule.crop, self.rule.crop
+            (tokens,) = self._encode([Seen(torch.zeros(shape, dtype=torch.uint8))])
+            self._predict([self.asked(tokens, None)])
 
     def world_of(self, engine: Any) -> Any:
         """See `Model.world_of`: a `World`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mstar.engine.node import Node
@@ -12,6 +13,7 @@ from mstar.engine.request import Request
 from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs, Model, Setup
 from mstar.models.vjepa2.ac_networks import AcNetworks, load_ac_networks
+from mstar.models.vjepa2.ac_nodes import Seeing
 from mstar.models.vjepa2.ac_requests import Asked, lay_out
 from mstar.models.vjepa2.ac_world import WorldModel
 from mstar.models.vjepa2.goals import cost
@@ -21,7 +23,7 @@ __all__ = ["VJepa2Ac"]
 
 
 class VJepa2Ac(Model):
-    """Nodes `encode`, `predict` and `imagine`; see `WorldModel`."""
+    """Nodes `encode`, `predict` and `imagine`; see `AcNodes`."""
 
     def __init__(self, networks: AcNetworks) -> None:
         self.networks = (networks,)
@@ -149,6 +151,12 @@ class VJepa2Ac(Model):
                 _give(request, found, name="predicted")
         if "action" in request.output_modalities:
             request.emit_actions(actions[best].cpu().numpy(), best_index=best)
+
+    def warmup(self) -> None:
+        """See `Model.warmup`: one frame is seen. Rollouts and plans are captured when their number
+        of samples and steps is first asked for."""
+        frame = torch.zeros(1, 3, *self.config.img_size, dtype=torch.uint8)
+        self.world.encode.run([Seeing(frame, False)])
 
     def world_of(self, engine: Any) -> Any:
         """See `Model.world_of`: an `AcWorld`."""

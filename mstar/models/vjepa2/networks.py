@@ -20,6 +20,7 @@ from mstar.models.vjepa2.predictor import Predictor
 __all__ = ["VJEPA2", "find_config", "load_networks"]
 
 _WIDTH = ("encoder.patch_embed.proj.bias", "encoder.embeddings.patch_embeddings.proj.bias")
+_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _HEAD = ("linear.bias", "classifier.bias")
 
 
@@ -61,7 +62,7 @@ class VJEPA2(nn.Module):
 
 def find_config(folder: Path, size: str | None = None) -> VJEPA2Config:
     """What the files in `folder` describe. The original files have no config: theirs is the
-    published one of that width.
+    published one of that width, or of the file's name.
 
     Args:
         size: one of `PUBLISHED`, instead.
@@ -80,11 +81,11 @@ def find_config(folder: Path, size: str | None = None) -> VJEPA2Config:
             raise WeightsError(f"cannot use {path}: {error}") from error
     if not folder.is_dir():
         raise WeightsError(f"there is no folder {folder}")
-    has_weights = any(file.suffix != ".json" for file in folder.iterdir())
+    has_weights = any(file.suffix in _WEIGHTS for file in folder.iterdir())
     if not has_weights and size is not None:
         return PUBLISHED[size]
     published = Published(folder)
-    config = PUBLISHED[size] if size is not None else _of_width(published)
+    config = PUBLISHED[size] if size is not None else _of_width(published, folder)
     return replace(config, labels=_numbered(published))
 
 
@@ -118,12 +119,13 @@ def load_networks(
     return networks.eval()
 
 
-def _of_width(published: Published) -> VJEPA2Config:
+def _of_width(published: Published, folder: Path) -> VJEPA2Config:
     name = next((name for name in _WIDTH if name in published), None)
     if name is None:
         raise WeightsError(f"{published} holds no encoder of V-JEPA 2")
     width = published.shape(name)[0]
-    for config in PUBLISHED.values():
+    named = [PUBLISHED[file.stem] for file in folder.iterdir() if file.stem in PUBLISHED]
+    for config in (*named, *PUBLISHED.values()):
         if config.hidden_size == width:
             return config
     raise WeightsError(f"{published} has no config.json, and no published one has width {width}")

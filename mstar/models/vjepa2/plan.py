@@ -16,7 +16,16 @@ from mstar.io.video import Video, open_video
 from mstar.models.base import Inputs
 from mstar.models.vjepa2.preprocess import PixelRule, cropped
 
-__all__ = ["MOST_FRAMES", "Masks", "chosen", "frames_of", "masks_of", "still_or_clip"]
+__all__ = [
+    "MOST_FRAMES",
+    "Asked",
+    "Masks",
+    "Seen",
+    "chosen",
+    "frames_of",
+    "masks_of",
+    "still_or_clip",
+]
 
 MOST_FRAMES = 1024
 _LONGEST = 3600.0  # seconds of a file
@@ -28,6 +37,29 @@ class Masks:
 
     context: Tensor
     targets: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one call of the encoder looks at.
+
+    Args:
+        frames: uint8 `[frames, 3, crop, crop]`.
+        ids: only these tokens, int64 `[tokens]`.
+    """
+
+    frames: Tensor
+    ids: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One call of the predictor: context `[context, hidden]` and the numbers of its tokens and of
+    those to predict, int64 `[context]` and `[targets]`."""
+
+    context: Tensor
+    context_ids: Tensor
+    target_ids: Tensor
 
 
 def still_or_clip(inputs: Inputs) -> tuple[str, Any]:
@@ -72,6 +104,7 @@ def frames_of(
     if isinstance(value, list) and any(getattr(item, "ndim", 0) == 4 for item in value):
         allowed = "one clip a request; generate_batch takes several requests"
         raise InvalidRequest(field, f"{len(value)} clips", allowed)
+    told = f"{len(value)} frames" if isinstance(value, list) else shown(value)
     try:
         video = open_video(value, _LONGEST)
         in_file = isinstance(value, (str, PathLike, bytes, bytearray, memoryview, tuple))
@@ -87,10 +120,10 @@ def frames_of(
     except InvalidRequest:
         raise
     except ValueError as error:
-        raise InvalidRequest(field, shown(value), str(error)) from None
+        raise InvalidRequest(field, told, str(error)) from None
     if len(frames) < len(places):
         allowed = f"it is broken: {len(frames)} of {len(places)} frames can be read"
-        raise InvalidRequest(field, shown(value), allowed)
+        raise InvalidRequest(field, told, allowed)
     return frames
 
 

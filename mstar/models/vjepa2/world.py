@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mstar.errors import InvalidRequest
 from mstar.models.vjepa2.latents import Latents, latents_of
-from mstar.models.vjepa2.model import Seen, VJepa2
+from mstar.models.vjepa2.plan import Seen
 
 __all__ = ["World"]
 
@@ -23,7 +23,7 @@ class World:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        self.model: VJepa2 = engine.model
+        self.model = engine.model  # a `VJepa2`
 
     def encode(
         self, frames: Any, *, num_frames: int | None = None, fps: float | None = None

@@ -222,7 +222,7 @@ def test_plan(engine, context, goal, name):
 
 
 def test_a_plan_does_not_depend_on_how_its_samples_are_batched(engine, context, goal, monkeypatch):
-    monkeypatch.setattr(engine.model.world, "_size", lambda frames, cached: 7)
+    monkeypatch.setattr(engine.model.world, "size", lambda frames, cached: 7)
     plan = engine.plan(context, goal, POSES[0], **SEARCHES["notebook"])
     close(plan.actions, "cem_notebook/plan", 1e-5)
 

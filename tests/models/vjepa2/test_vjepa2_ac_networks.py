@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from vjepa2_ac_data import ARRAYS, GOLDENS, REPS, SEARCHES, TINY, close, frames, networks
 
-from mstar.engine.weights import Checkpoint
+from mstar.engine.weights import Checkpoint, randomize
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.vjepa2.ac_config import AcConfig
 from mstar.models.vjepa2.ac_networks import AcNetworks, ac_config, load_ac_networks
@@ -19,6 +20,7 @@ from mstar.models.vjepa2.cem import Cem
 from mstar.models.vjepa2.goals import cost
 from mstar.models.vjepa2.poses import difference, integrate, trajectory
 from mstar.models.vjepa2.rollout import Rollouts, Start, run_through
+from mstar.models.vjepa2.rotary import rotation
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +127,30 @@ def test_cached_rollouts_are_those_recomputed_also_from_several_frames(net):
         again = predictor.norm(predictor.latents(predictor([given])[0][:, -1:]))
         latents = torch.cat([latents, again], 1)
     torch.testing.assert_close(found, again, atol=5e-5, rtol=0)
+
+
+def test_models_with_cameras_and_wide_frames():
+    """Frames of 2 x 3 patches, a token for the camera, several samples: a cached rollout is the
+    recomputed one. A wide grid's columns lie as close as if it were square."""
+    sizes = {"img_size": [16, 24], "use_extrinsics": True, "depth": 1, "pred_num_heads": 2}
+    config = AcConfig.from_dict({**json.loads((TINY / "config.json").read_text()), **sizes})
+    with torch.device("meta"):
+        net = AcNetworks(config)
+    predictor = randomize(net, device="cpu", dtype=None).predictor
+    given = (torch.randn(1, 2, 6, 66), torch.randn(3, 2, 7), torch.randn(3, 2, 7))
+    cameras = torch.randn(1, 2, 6)
+    whole = predictor([Frames(*given, cameras)])[0]
+    cache = predictor.cache(3, 2)
+    for step in range(2):
+        part = slice(step, step + 1)
+        parts = (each[:, part] for each in (*given, cameras))
+        found = predictor([Frames(*parts, cache)])[0]
+        torch.testing.assert_close(found[:, 0], whole[:, step], atol=1e-5, rtol=0)
+    expected = rotation(*torch.tensor([1.0, 0.0, 2 * 2 / 3]).view(3, 1), config.predictor.head_dim)
+    row = predictor.frame_tokens + config.conditions + 2  # of the second frame, the last column
+    turned = predictor._turned(0, 2)
+    torch.testing.assert_close(turned.own[row], expected.own[0])
+    torch.testing.assert_close(turned.other[row], expected.other[0])
 
 
 def test_scores_of_candidates(net):

@@ -11,16 +11,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from mstar import Engine
+from mstar import Engine, cli
 from mstar.client import MStarClient
 from mstar.engine.captured import CapturedSteps
 from mstar.errors import InvalidRequest
 from mstar.models.base import Setup
 from mstar.models.registry import get
 from mstar.models.vjepa2.config import PUBLISHED
-from mstar.models.vjepa2.model import Asked, Seen, VJepa2
+from mstar.models.vjepa2.model import VJepa2
 from mstar.models.vjepa2.networks import find_config
+from mstar.models.vjepa2.plan import Asked, Seen
 from mstar.models.vjepa2.preprocess import cropped, normalise, pixel_rule
 from tests.recording import replays
 
@@ -235,6 +237,26 @@ def test_over_http(engine):
         reply = site.post(files=sent, data=form).json()["outputs"]["video"][0]
         assert reply["metadata"]["dtype"] == "float32"
         assert reply["metadata"]["shape"] == [1, 64, 64]
+
+
+def test_in_the_shell(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for index in range(4):
+        Image.fromarray(FRAMES[index]).save(f"{index}.png")
+    attached = [word for index in range(4) for word in ("-a", f"{index}.png")]
+
+    def mstar(*args):
+        done = CliRunner().invoke(cli.app, ["generate", "vjepa2-tiny", *attached, *args])
+        assert done.exit_code == 0, done.output
+        return done
+
+    mstar("-o", "latents.npz", "-s", "context_mask=[0, 1]", "-s", "target_mask=[30, 31]")
+    masks = {"context_mask": range(2), "target_mask": range(30, 32)}
+    expected = one(engine.generate(video=FRAMES[:4], **masks))
+    assert np.array_equal(np.load("latents.npz")["latents_0"], expected)
+    told = json.loads(mstar("-m", "text", "--json", "-s", "top_k=2").stdout)
+    assert [len(told["labels"]), len(told["scores"])] == [2, 2]
+    assert mstar("-m", "text").stdout == f"{told['labels'][0]}\n"
 
 
 # -- bad requests --------------------------------------------------------------------------------

@@ -266,11 +266,14 @@ def test_the_head_of_ssv2_has_as_many_parameters():
     assert weight_bytes(net.classifier.linear) == 4 * 178_350
 
 
-def test_original_files_without_a_config_are_known_by_their_width(tmp_path):
+def test_original_files_without_a_config_are_known_by_width_and_name(tmp_path):
     name = "module.backbone.patch_embed.proj.bias"
     torch.save({"encoder": {name: torch.zeros(1280)}}, tmp_path / "vith.pt")
     assert find_config(tmp_path) == PUBLISHED["vith"]
-    torch.save({"encoder": {name: torch.zeros(99)}}, tmp_path / "vith.pt")
+    (tmp_path / "vith.pt").unlink()
+    torch.save({"encoder": {name: torch.zeros(1408)}}, tmp_path / "vitg-384.pt")
+    assert find_config(tmp_path) == PUBLISHED["vitg-384"]
+    torch.save({"encoder": {name: torch.zeros(99)}}, tmp_path / "vitg-384.pt")
     with pytest.raises(WeightsError, match="width 99"):
         find_config(tmp_path)
 
