@@ -60,16 +60,19 @@ OTHER = ("preprocess", "postprocess")
 
 
 def make_case(case: str, folder: Path) -> Path:
-    """The folder of a checkpoint; that of `mid` has no weights."""
-    tiny = CARD.tiny / "pi05"
-    if case != "mid":
-        return tiny if case == "tiny" else CARD.full / "pi05"
-    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("model.*"), dirs_exist_ok=True)
-    config = json.loads((tiny / "config.json").read_text())
-    for part in ("prefix", "expert"):
-        MID[part]["head_dim"] = 64
-    size = {"image_resolution": [224, 224], "chunk_size": 50, "n_action_steps": 50}
-    (folder / "config.json").write_text(json.dumps({**config, **size, "custom_dims": MID}))
+    """The folder of a checkpoint; but for that of `tiny`, it has no weights, and 8 state dims."""
+    source = (CARD.full if case == "full" else CARD.tiny) / "pi05"
+    if case == "tiny":
+        return source
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model.*"), dirs_exist_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    config["input_features"]["observation.state"]["shape"] = [8]
+    if case == "mid":
+        for part in ("prefix", "expert"):
+            MID[part]["head_dim"] = 64
+        size = {"image_resolution": [224, 224], "chunk_size": 50, "n_action_steps": 50}
+        config |= {**size, "custom_dims": MID}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -154,7 +157,7 @@ class Bench:
             key: dice.integers(0, 256, (*size, 3), np.uint8)
             for key in self.policy.robot.images.values()
         }
-        self.state = dice.uniform(-0.5, 0.5, self.policy.config.state_dim or 8).tolist()
+        self.state = dice.uniform(-0.5, 0.5, 8).tolist()
         shape = self.policy.config.chunk_size, self.policy.config.max_action_dim
         self.noise = dice.standard_normal(shape).astype(np.float32)
 
@@ -208,7 +211,7 @@ class Bench:
             kv = fast.prefix(tokens)
             parts = {
                 "vision": (lambda x: (fast.encode_images(x),), images),
-                "prefix": (lambda x: (fast.prefix(x).keys[-1],), tokens),
+                "prefix": (lambda x: (fast.prefix(x).layers,), tokens),
                 "flow": (lambda x: (fast.denoise(kv, x, table),), noise),
             }
             steps, found = CapturedSteps(record(), self.engine.device), {}

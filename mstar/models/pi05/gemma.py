@@ -7,6 +7,7 @@ attends to that layer's keys and values and to its own. Its norms are modulated 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,16 +15,18 @@ from torch import Tensor, nn
 
 from mstar.engine.kernels.ada_norm import ada_norm
 from mstar.engine.kernels.gated import gelu_tanh_mul
+from mstar.engine.kernels.rotary_store import rotary_store
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
-from mstar.models.pi05.attention import KeysValues, attend, rotated
+from mstar.models.pi05.attention import KeysValues, attend
 from mstar.models.pi05.sizes import GemmaSizes
 
 __all__ = ["Expert", "Prefix"]
 
 _EPS = 1e-6
+_ALIGNED = 16  # rows: a mask of so many is read by a GPU as it is, others are copied in every layer
 _THETA = 10000.0
 
 
@@ -52,18 +55,15 @@ class _Layer(nn.Module):
             self.gate_up_proj = _Product(2 * sizes.mlp_dim, width)
             self.down_proj = _Product(width, sizes.mlp_dim)
 
-    def project(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries `[batch, tokens, heads, head_dim]` and `keys_values`."""
-        heads, kv_heads = self.sizes.num_heads, self.sizes.num_kv_heads
-        qkv = self.qkv_proj(h).unflatten(-1, (-1, self.sizes.head_dim))
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], 2)
-        return rotated(q, angles), rotated(k, angles).transpose(1, 2), v.transpose(1, 2)
-
-    def keys_values(self, h: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values `[batch, kv_heads, tokens, head_dim]`."""
-        kv = linear(h, self.qkv_proj.weight[-self.kv_rows :])
-        k, v = kv.unflatten(-1, (-1, self.sizes.head_dim)).chunk(2, 2)
-        return rotated(k, angles).transpose(1, 2), v.transpose(1, 2)
+    def project(
+        self, h: Tensor, angles: tuple[Tensor, Tensor], kv: Tensor, slots: Tensor
+    ) -> Tensor:
+        """Rotated queries `[batch, tokens, heads, head_dim]`, none of a layer that is not whole;
+        keys and values go to their slots, see `KeysValues`."""
+        qkv, kv_heads = self.qkv_proj(h).flatten(0, 1), self.sizes.num_kv_heads
+        heads = qkv.shape[1] // self.sizes.head_dim - 2 * kv_heads
+        pages = kv.flatten(1, 2).unsqueeze(2)  # of one slot each
+        return rotary_store(qkv, *angles, *pages, slots, heads, kv_heads).unflatten(0, h.shape[:2])
 
     def mlp(self, h: Tensor) -> Tensor:
         """The gated MLP."""
@@ -127,18 +127,23 @@ class Prefix(nn.Module):
             lengths: how many of each sample's tokens are valid, int `[batch]`; None for all.
         """
         batch, room = tokens.shape[:2]
-        places = torch.arange(room + horizon, device=tokens.device)
-        angles = self.rotary.angles(places[:room].repeat(batch))
-        positions = places[room:].expand(batch, -1)
-        prefix = seen = None
+        rows = room + horizon
         if lengths is not None:
-            valid = places < lengths.unsqueeze(1)
-            seen = (valid | (places >= room))[:, None, None]
-            prefix = seen[..., :room]
-            positions = places[:horizon] + lengths.unsqueeze(1)
-        shape = batch, self.sizes.num_kv_heads, room + horizon, self.sizes.head_dim
-        keys = [tokens.new_empty(shape) for _ in self.layers]
-        values = [tokens.new_empty(shape) for _ in self.layers]
+            rows += -rows % _ALIGNED
+        places = torch.arange(rows, device=tokens.device)
+        sizes = self.sizes
+        shape = sizes.depth, 2, batch, rows, sizes.num_kv_heads, sizes.head_dim
+        if lengths is None:
+            prefix = None
+            kv = KeysValues(tokens.new_empty(shape), places[room:].expand(batch, -1))
+        else:
+            ends = lengths.unsqueeze(1)
+            prefix = _seen(places[:room] < ends, tokens.dtype)
+            seen = _seen(places < ends + horizon, tokens.dtype)
+            # Zeros, since what is not seen must be finite.
+            kv = KeysValues(tokens.new_zeros(shape), places[:horizon] + ends, seen)
+        angles = self.rotary.angles(places[:room].repeat(batch))
+        slots = kv.slots(places[:room].expand(batch, -1))
         x, added = tokens, None
         one = self.layers[0].input_layernorm.weight.new_ones(1, 1, self.sizes.width)
         zero = torch.zeros_like(one)
@@ -146,21 +151,15 @@ class Prefix(nn.Module):
         def norm(module: Weight) -> tuple[Tensor, Tensor]:
             return ada_norm(x, module.weight.view(1, 1, -1), zero, _EPS, added, one)
 
-        for layer, k, v in zip(self.layers, keys, values, strict=True):
+        for layer, both in zip(self.layers, kv.layers, strict=True):
             h, x = norm(layer.input_layernorm)
-            mine = k[:, :, :room], v[:, :, :room]
+            q = layer.project(h, angles, both, slots)
             if layer is self.layers[-1]:
-                q, found = None, layer.keys_values(h, angles)
-            else:
-                q, *found = layer.project(h, angles)
-            for buffer, part in zip(mine, found, strict=True):
-                buffer.copy_(part)
-            if q is None:
                 break
-            added = layer.o_proj(attend(q, *mine, prefix))
+            added = layer.o_proj(attend(q, both[:, :, :room], prefix))
             h, x = norm(layer.post_attention_layernorm)
             added = layer.mlp(h)
-        return KeysValues(keys, values, room, positions, seen)
+        return kv
 
 
 class Expert(nn.Module):
@@ -177,39 +176,46 @@ class Expert(nn.Module):
         layers, index, path = name.split(".", 2)
         return (_Layer.sources(f"{layers}.{index}.", path),)
 
-    def angles(self, kv: KeysValues) -> tuple[Tensor, Tensor]:
-        """Of the tokens of a chunk; the same in every step."""
-        return self.rotary.angles(kv.positions.flatten())
+    def places(self, kv: KeysValues) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Angles and slots of the tokens of a chunk; the same in every step."""
+        return self.rotary.angles(kv.positions.flatten()), kv.slots(kv.positions)
 
     def forward(
-        self, x: Tensor, kv: KeysValues, angles: tuple[Tensor, Tensor], modulation: Tensor
+        self,
+        x: Tensor,
+        kv: KeysValues,
+        places: tuple[tuple[Tensor, Tensor], Tensor],
+        modulation: Tensor,
     ) -> Tensor:
         """One pass; overwrites the rows of `kv` behind the prefix.
 
         Args:
             x: tokens of a chunk, `[batch, horizon, width]`.
-            angles: see `angles`.
+            places: see `places`.
             modulation: float32 `[batch or 1, horizon or 1, norms, 3, width]`: 1 + scale, shift and
                 gate of every norm.
 
         Returns:
             Normed hidden states `[batch, horizon, width]`.
         """
+        angles, slots = places
         norms = [norm.unbind(2) for norm in modulation.unbind(2)]
         added = gate = None
         for index, layer in enumerate(self.layers):
             scale, shift, next_gate = norms[2 * index]
             h, x = ada_norm(x, scale, shift, _EPS, added, gate)
-            q, *found = layer.project(h, angles)
-            keys, values = kv.keys[index], kv.values[index]
-            keys[:, :, kv.room :].copy_(found[0])
-            values[:, :, kv.room :].copy_(found[1])
-            added, gate = layer.o_proj(attend(q, keys, values, kv.seen)), next_gate
+            q = layer.project(h, angles, kv.layers[index], slots)
+            added, gate = layer.o_proj(attend(q, kv.layers[index], kv.seen)), next_gate
             scale, shift, next_gate = norms[2 * index + 1]
             h, x = ada_norm(x, scale, shift, _EPS, added, gate)
             added, gate = layer.mlp(h), next_gate
         scale, shift, _ = norms[-1]
         return ada_norm(x, scale, shift, _EPS, added, gate)[0]
+
+
+def _seen(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores `[batch, heads, queries, keys]`, of which keys are valid."""
+    return torch.zeros_like(valid, dtype=dtype).masked_fill_(~valid, -math.inf)[:, None, None]
 
 
 def _norm(name: str) -> Source:

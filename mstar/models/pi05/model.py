@@ -141,13 +141,13 @@ class Pi05(Model):
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         if given.shape not in (shape, (1, *shape)):
             raise InvalidRequest("noise", f"array {given.shape}", f"must be {shape}")
-        return torch.tensor(given, dtype=torch.float32).view(shape)
+        return torch.from_numpy(given.astype(np.float32)).view(shape)
 
     def _steered(self, params: dict[str, Any], steps: int) -> Steered | None:
         left = params["prev_chunk_left_over"]
         if left is None:
             return None
-        previous = torch.tensor(left, dtype=torch.float32)
+        previous = torch.from_numpy(left.astype(np.float32))
         if previous.ndim != 2:
             shown = f"array {tuple(previous.shape)}"
             raise InvalidRequest("prev_chunk_left_over", shown, "must be [rows, action_dim]")

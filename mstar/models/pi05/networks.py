@@ -111,15 +111,15 @@ class Policy(nn.Module):
     def velocity(self, kv: KeysValues, table: Tensor) -> Velocity:
         """Velocities after an observation, with the times of `table`."""
         expert, heads = self.trunk.expert, self.heads
-        angles = expert.angles(kv)
-        dtype = kv.keys[0].dtype
+        places = expert.places(kv)
+        dtype = kv.layers.dtype
 
         def velocity(x: Tensor, step: int, clean: Tensor | None = None) -> Tensor:
             modulation = table[step, None, None]
             if clean is not None:
                 modulation = torch.where(clean[..., None, None, None], table[-1], modulation)
             tokens = heads.tokens(x).to(dtype)
-            return heads.velocity(expert(tokens, kv, angles, modulation))
+            return heads.velocity(expert(tokens, kv, places, modulation))
 
         return velocity
 

@@ -79,6 +79,9 @@ class Normalizer:
         """Whether what comes back is in robot units: not so where statistics are missing."""
         return self.active or self.mode == "IDENTITY"
 
+    def __str__(self) -> str:
+        return self.mode if self.known else f"{self.mode}, of which there are none"
+
     @property
     def dims(self) -> int | None:
         """How many dimensions there are statistics for."""

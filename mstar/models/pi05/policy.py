@@ -64,6 +64,7 @@ class RobotPolicy:
             "action_dim": robot.action_dim or self.processor.action_dim,
             "cameras": dict(robot.images),
             "state": dict(robot.state),
+            "delta": list(robot.delta),
             "fps": robot.fps,
             "assumed": self.processor.assumed,
         }
@@ -95,7 +96,7 @@ class RobotPolicy:
             InvalidRequest: the observation is not what the robot's should be; all faults are named.
             DeadlineExceeded: it took too long. The engine is free for the next observation as soon
                 as what it is in the middle of is done: reading the observation, or one step of the
-                flow.
+                flow; on a GPU, the call.
         """
         params |= {"noise": noise, "seed": seed}
         chunk = self.begin(obs, deadline_ms=deadline_ms, raw=raw, **params).result()
@@ -172,7 +173,8 @@ class RobotPolicy:
         self._queue.clear()
 
     def warmup(self) -> dict[str, float]:
-        """Run once what an observation runs; nothing is compiled or captured afterwards.
+        """Run once what an observation runs. Nothing is compiled or captured afterwards, but for
+        flows with another number of steps than the checkpoint's.
 
         Returns:
             Seconds of the first run and of one after it.

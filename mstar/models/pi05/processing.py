@@ -134,8 +134,8 @@ class Processor:
         config = self.config
         state = f"{config.state_dim or self.of_state.dims or 'any number of'} state dims"
         return (
-            f"{config.layout} policy; statistics: {self.source} (state {self.of_state.mode}, "
-            f"actions {self.of_actions.mode}); resize rule: {self.resize}; cameras: "
+            f"{config.layout} policy; statistics: {self.source} (state {self.of_state}; actions "
+            f"{self.of_actions}); resize rule: {self.resize}; cameras: "
             f"{', '.join(config.cameras)}; {state}; chunks of {config.chunk_size} x "
             f"{self.action_dim} actions"
             + ("" if self.relative is None else ", relative to the state")

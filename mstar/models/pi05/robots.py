@@ -92,11 +92,8 @@ class Robot:
         ):
             raise InvalidRequest("robot.action_dim", self.action_dim, "must be at least 1, or None")
 
-    def observe(self, observation: Mapping[str, Any], *, float64: bool = True) -> Observed:
+    def observe(self, observation: Mapping[str, Any]) -> Observed:
         """Pick out what the policy needs. Keys that nobody knows are ignored, but for images.
-
-        Args:
-            float64: of the state; float32 otherwise.
 
         Raises:
             InvalidRequest: things are missing or have another shape; all of them are named.
@@ -146,8 +143,6 @@ class Robot:
         state = np.concatenate(parts) if parts else None
         if state is not None and self.encode_state is not None:
             state = self.encode_state(state)
-        if state is not None and not float64:
-            state = state.astype(np.float32)
         return Observed(images, state, None if prompt is None else str(prompt))
 
     def act(self, actions: np.ndarray, state: np.ndarray | None) -> np.ndarray:

@@ -6,6 +6,9 @@ valid, so it changes nothing but the last bits of sums. Robots that call at once
 each is read by itself, then all are rows of a batch. It has always the same number of rows, copies
 if need be, since a product's last bits depend on how many rows it has: whoever shares the batch,
 the same observation and noise give the same bits.
+
+A `RobotPolicy` takes actions in the model's space, and its robot's conventions, which are Python,
+follow on the host: microseconds.
 """
 
 from __future__ import annotations
@@ -105,7 +108,8 @@ class WholeCall:
         return [(normalised if raw else finished)[row] for row, raw in enumerate(raws)]
 
     def warmup(self) -> None:
-        """Run every bucket of a flow with the usual number of steps."""
+        """Run every bucket of a flow with the usual number of steps. Those of other numbers are
+        captured when they first come."""
         config, steps = self.config, self.config.num_inference_steps
         chunk = torch.zeros(1, config.chunk_size, config.max_action_dim)
         no_prefix = HardPrefix(chunk, torch.zeros(chunk.shape[:2], dtype=torch.bool))

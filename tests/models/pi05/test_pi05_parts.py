@@ -48,9 +48,9 @@ def test_an_observation_of_lerobot(processor):
         "task": ["go"],
         "timestamp": 3,
     }
-    found = robot.observe(observation, float64=False)
+    found = robot.observe(observation)
     assert list(found.images) == ["base_0_rgb", "right_wrist_0_rgb"]
-    assert (found.state.dtype, found.state.shape, found.prompt) == (np.float32, (8,), "go")
+    assert (found.state.dtype, found.state.shape, found.prompt) == (np.float64, (8,), "go")
 
 
 def test_all_faults_are_in_one_message():

@@ -106,3 +106,20 @@ def test_the_option(goldens):
     for value in (0, 65, 2.0, True):
         with pytest.raises(InvalidRequest, match=r"batch=.*must be from 1 to 64"):
             Engine("pi05-tiny", options={"batch": value})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_golden_on_a_gpu(rows, goldens):
+    cases = every_case(goldens)
+    options = {"device": "cuda", "dtype": "float32", "options": {"batch": rows}}
+    with Engine("pi05-tiny", **options) as engine:
+        captured = engine.model.whole._captured
+        ready, alone = len(captured), {}
+        for name, (request, expected, _) in cases.items():
+            alone[name] = engine.generate(**request).actions
+            np.testing.assert_allclose(alone[name], expected, atol=1e-3, rtol=0, err_msg=name)
+        assert len(captured) == ready + 2  # flows of 1 and of 4 steps
+        handles = {name: engine.submit(**request) for name, (request, *_) in cases.items()}
+        for name, handle in handles.items():
+            assert np.array_equal(handle.result().actions, alone[name]), name
