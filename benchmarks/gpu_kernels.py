@@ -3,7 +3,7 @@ and FLOPs that it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,17 +20,22 @@ from mstar.engine.kernels.l1_cost import l1_cost, l1_cost_torch
 from mstar.engine.kernels.layer_norm import layer_norm, layer_norm_torch
 from mstar.engine.kernels.paged_attention import paged_attention
 from mstar.engine.kernels.paged_batch import PagedBatch
+from mstar.engine.kernels.paged_decode import paged_decode_triton
+from mstar.engine.kernels.paged_extend import paged_extend_triton
+from mstar.engine.kernels.paged_tiles import DECODE, EXTEND, tiles
 from mstar.engine.kernels.pair_rotary import pair_rotary, pair_rotary_torch
 from mstar.engine.kernels.pixels import normalise_pixels, normalise_pixels_torch
 from mstar.engine.kernels.rms_norm import rms_norm, rms_norm_torch
 from mstar.engine.kernels.rotary_store import HeadNorms, rotary_store, rotary_store_torch
+from mstar.engine.kernels.route import route, route_torch
 from mstar.engine.kernels.snake import (
     depthwise_snake,
     depthwise_snake_torch,
     snake,
     snake_torch,
 )
-from mstar.engine.layers.moe import experts_grouped, route, run_experts
+from mstar.engine.kernels.tuning import Choice
+from mstar.engine.layers.moe import experts_grouped, run_experts
 
 __all__ = ["rows"]
 
@@ -47,6 +52,7 @@ class Case:
         flops: of its products.
         eager: the torch equivalent.
         waits: whether that waits for the device, and cannot be captured.
+        tiles: kernel, shape and choices of tiles to try first, and how to run with one.
     """
 
     name: str
@@ -55,6 +61,7 @@ class Case:
     moved: float
     flops: float = 0.0
     waits: bool = False
+    tiles: tuple[str, str, Sequence[Choice], Callable[[Choice], object]] | None = None
 
 
 class Cases:
@@ -92,13 +99,19 @@ class Cases:
             out = F.scaled_dot_product_attention(queries, k, v, is_causal=n > 1, enable_gqa=True)
             return out.transpose(1, 2)
 
+        def tiled(tile: Choice) -> Tensor:
+            kernel = paged_extend_triton if n > 1 else paged_decode_triton
+            return kernel(q, *pool, batch.tensors_on(self.device), dim**-0.5, tile=tile)
+
         pairs = n * (kv_len - (n - 1) / 2)
+        kernel = EXTEND if n > 1 else DECODE
         return Case(
             name,
             lambda: paged_attention(q, *pool, batch, dim**-0.5),
             library,
             moved=4.0 * count * dim * (kv_len * kv_heads + n * heads),
             flops=4.0 * count * heads * dim * pairs,
+            tiles=(kernel, *tiles(kernel, q, pool[0]), tiled),
         )
 
     def _decode(self) -> Iterator[Case]:
@@ -176,6 +189,13 @@ class Cases:
         for tokens in (1, 8, 64, 512, 4096):
             x = self.randn(self.of(tokens, min(tokens, 20)), hidden, dtype=BF16)
             weights, experts = route(self.randn(len(x), count), top_k)
+            logits = self.randn(len(x), count, dtype=BF16)
+            yield Case(
+                f"router, {len(x)} tokens, {top_k} of {count}",
+                partial(_weights, route, logits, top_k),
+                partial(_weights, route_torch, logits, top_k),
+                moved=2.0 * logits.numel() + 12.0 * experts.numel(),
+            )
             used = len(experts.unique())
             given = (x, weights, experts, gate_up, down)
             yield Case(
@@ -245,6 +265,11 @@ class Cases:
         )
 
 
+def _weights(function: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, top_k: int) -> Tensor:
+    """The router's weights, without the experts: of equal scores either may be chosen."""
+    return function(logits, top_k)[0]
+
+
 # Outputs x inputs of the products of a decoding step.
 MATVECS = {
     "orpheus qkv": (5120, 3072),
@@ -266,17 +291,33 @@ def rows(
     """A row for every kernel and size; one that fails has `error` instead of times.
 
     Args:
-        tune: keep the tiles of matrix-vector products that beat the library's, for `linear`.
+        tune: keep the tiles that are fastest, and of matrix-vector products those that beat the
+            library's.
     """
     with torch.inference_mode():
         for name, group in Cases(clock.device, tiny).groups().items():
             torch.manual_seed(0)
             try:
                 for case in group():
+                    if tune and clock.on_gpu and case.tiles is not None:
+                        _tune(clock, *case.tiles)
                     yield _row(clock, ceilings, case)
             except Exception as error:
                 yield {"name": name, "error": _said(error)}
         yield from _matvecs(clock, ceilings, tiny, tune)
+
+
+def _tune(
+    clock: Clock,
+    kernel: str,
+    shape: str,
+    choices: Sequence[Choice],
+    run: Callable[[Choice], object],
+) -> None:
+    """Keep the fastest tile; of several sizes of one shape the last one decides."""
+    found = tuning.fastest(choices, run, clock.seconds)
+    if found is not None:
+        tuning.table_of(clock.device).set(kernel, shape, found)
 
 
 def _row(clock: Clock, ceilings: dict[str, float], case: Case) -> dict:

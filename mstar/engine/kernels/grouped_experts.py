@@ -16,7 +16,7 @@ from mstar.engine.kernels.dispatch import jit, tl, triton
 from mstar.engine.kernels.expert_blocks import block_count, expert_blocks_triton
 from mstar.engine.kernels.tuning import Choice, best
 
-__all__ = ["DOWN", "GATE_UP", "block_rows", "grouped_experts_triton"]
+__all__ = ["block_rows", "grouped_experts_triton", "token_counts"]
 
 # Tiles that are tried. Those for a few rows per expert read weights as fast as they can; those for
 # many reuse them. The first fits any GPU and is what an unmeasured shape begins with.
@@ -32,7 +32,7 @@ _MANY = (
     Choice(BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
     Choice(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4),
 )
-GATE_UP, DOWN = "grouped_gate_up", "grouped_down"
+_GATE_UP, _DOWN = "grouped_gate_up", "grouped_down"
 _ALONE = 4  # up to so many tokens, two that chose the same expert are too rare to look for
 
 
@@ -40,6 +40,12 @@ def block_rows(items: int, experts: int) -> int:
     """Rows of a block: about the items of an expert, as many as matrix units take at least."""
     share = items // experts
     return 16 if share < 16 else 32 if share < 48 else 64 if share < 128 else 128
+
+
+def token_counts(top_k: int, experts: int, most: int) -> list[int]:
+    """Numbers of tokens up to `most` that between them need every kind of block."""
+    filled = (-(-share * experts // top_k) for share in (16, 48, 128))
+    return [n for n in (1, _ALONE + 1, *filled) if n <= most]
 
 
 def grouped_experts_triton(
@@ -83,9 +89,9 @@ def grouped_experts_triton(
         return out
 
     shape = f"{x.dtype} {count}x{inner}x{hidden} of {size}"
-    active = gated(best(GATE_UP, shape, choices, gated, x.device))
+    active = gated(best(_GATE_UP, shape, choices, gated, x.device))
     scales = weights.float().contiguous()
-    out = weighted(best(DOWN, shape, choices, weighted, x.device))
+    out = weighted(best(_DOWN, shape, choices, weighted, x.device))
     return out.view(tokens, top_k, hidden).sum(1)
 
 

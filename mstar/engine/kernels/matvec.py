@@ -60,6 +60,8 @@ def matvec_choice(x: Tensor, weight: Tensor) -> Choice | None:
     rows = x.numel() // weight.shape[1]
     if triton is None or not 0 < rows <= MOST_ROWS or weight.dtype == torch.float32:
         return None
+    if not weight.is_contiguous():
+        return None
     found = measured(MATVEC, matvec_shape(rows, weight), weight.device)
     return found if found in matvec_choices(rows) else None
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton
 from mstar.engine.kernels.paged_batch import BatchTensors
+from mstar.engine.kernels.paged_tiles import DECODE, is_wide, tiles
+from mstar.engine.kernels.tuning import Choice, chosen
 
 __all__ = ["paged_decode_triton"]
 
@@ -34,6 +36,7 @@ def paged_decode_triton(
     scale: float,
     out: Tensor | None = None,
     min_chunk: int = _MIN_CHUNK,
+    tile: Choice | None = None,
 ) -> Tensor:
     """`paged_attention` for the sequences of a batch that have exactly one new token.
 
@@ -53,7 +56,7 @@ def paged_decode_triton(
     if splits > 1:
         partial = torch.empty(*log_sums.shape, dim, dtype=torch.float32, device=q.device)
     block_d = max(16, next_power_of_2(dim))
-    wide = block_d * q.element_size() > 256  # bytes per row; smaller tiles, more registers
+    tile = tile or chosen(DECODE, *tiles(DECODE, q, k_pages), q.device)
     _decode_kernel[(sequences, kv_heads, splits)](
         q,
         k_pages,
@@ -77,10 +80,9 @@ def paged_decode_triton(
         LIMIT=limit,
         MIN_CHUNK=min_chunk,
         BLOCK_G=max(16, next_power_of_2(heads // kv_heads)),
-        BLOCK_N=32 if wide else 64,
+        BLOCK_N=32 if is_wide(q) else 64,
         BLOCK_D=block_d,
-        num_warps=8 if wide else 4,
-        num_stages=2,
+        **tile,
     )
     if splits > 1:
         _combine_kernel[(sequences, heads)](

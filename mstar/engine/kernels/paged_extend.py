@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton
 from mstar.engine.kernels.paged_batch import BatchTensors
+from mstar.engine.kernels.paged_tiles import EXTEND, is_wide, tiles
+from mstar.engine.kernels.tuning import Choice, chosen
 
 __all__ = ["paged_extend_triton"]
 
@@ -26,6 +28,7 @@ def paged_extend_triton(
     batch: BatchTensors,
     scale: float,
     out: Tensor | None = None,
+    tile: Choice | None = None,
 ) -> Tensor:
     """`paged_attention` for the sequences of a batch that have more than one new token.
 
@@ -35,10 +38,8 @@ def paged_extend_triton(
     _, page_size, kv_heads, _ = k_pages.shape
     group = heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    block_m = 64
-    block_d = max(16, next_power_of_2(dim))
-    wide = block_d * q.element_size() > 256  # bytes per row; smaller tiles, more registers
-    blocks = triton.cdiv(batch.max_query_len * group, block_m)
+    tile = tile or chosen(EXTEND, *tiles(EXTEND, q, k_pages), q.device)
+    blocks = triton.cdiv(batch.max_query_len * group, tile["BLOCK_M"])
     sequences = len(batch.kv_len)
     if not blocks or not sequences:
         return out
@@ -60,11 +61,9 @@ def paged_extend_triton(
         GROUP=group,
         DIM=dim,
         PAGE_SIZE=page_size,
-        BLOCK_M=block_m,
-        BLOCK_N=32 if wide else 64,
-        BLOCK_D=block_d,
-        num_warps=8 if wide else 4,
-        num_stages=2,
+        BLOCK_N=32 if is_wide(q) else 64,
+        BLOCK_D=max(16, next_power_of_2(dim)),
+        **tile,
     )
     return out
 

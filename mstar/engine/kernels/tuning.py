@@ -1,10 +1,10 @@
 """Which tile sizes a kernel runs with, as data.
 
 What was measured is a table of (kernel, shape) -> choice, one JSON file per GPU. Those of known
-GPUs ship in `tuned/` beside this file; what is not in them is measured once, when it is first
-needed outside of a graph's capture, and kept in the user's cache folder
-(`$XDG_CACHE_HOME/mstar/tuned`). A file that cannot be read or written only costs the time to
-measure again.
+GPUs ship in `tuned/` beside this file. What is not in them is measured by `benchmarks/gpu.py
+--tune`, or, where any call is as good as another to measure with, when it is first needed outside
+of a graph's capture; it is kept in the user's cache folder (`$XDG_CACHE_HOME/mstar/tuned`). A file
+that cannot be read or written only costs the time to measure again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from mstar.engine.kernels.dispatch import triton
 
-__all__ = ["Choice", "Table", "best", "fastest", "measured", "table_of"]
+__all__ = ["Choice", "Table", "best", "chosen", "fastest", "measured", "table_of"]
 
 Choice = dict[str, int]  # what a kernel is launched with: constants, num_warps, num_stages
 _SHIPPED = Path(__file__).with_name("tuned")
@@ -95,6 +95,15 @@ def best(
             return choices[0]  # whose launch will say what is wrong
         table.set(kernel, shape, found)
     return found
+
+
+def chosen(kernel: str, shape: str, choices: Sequence[Choice], device: torch.device) -> Choice:
+    """What was measured, the first if nothing was: for kernels whose time depends on what is in the
+    batch, so that only a benchmark can tell."""
+    if device.type != "cuda":
+        return choices[0]
+    found = measured(kernel, shape, device)
+    return found if found in choices else choices[0]
 
 
 def measured(kernel: str, shape: str, device: torch.device) -> Choice | None:

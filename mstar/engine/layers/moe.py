@@ -18,11 +18,20 @@ from torch import Tensor, nn
 
 from mstar.engine.kernels.dispatch import use_triton
 from mstar.engine.kernels.gated import silu_mul
-from mstar.engine.kernels.grouped_experts import grouped_experts_triton
+from mstar.engine.kernels.grouped_experts import grouped_experts_triton, token_counts
+from mstar.engine.kernels.route import route
 from mstar.engine.layers.linear import linear
 from mstar.engine.weights import Source
 
-__all__ = ["MoE", "experts_gathered", "experts_grouped", "experts_loop", "route", "run_experts"]
+__all__ = [
+    "MoE",
+    "experts_gathered",
+    "experts_grouped",
+    "experts_loop",
+    "route",
+    "run_experts",
+    "warm_experts",
+]
 
 # Up to so many elements, the weights of all chosen experts are copied side by side and used at
 # once: for small experts that costs less than a call for each of them.
@@ -95,17 +104,6 @@ class _Shared(nn.Module):
         return linear(silu_mul(linear(x, self.gate_up_proj.weight)), self.down_proj.weight)
 
 
-def route(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
-    """Choose experts by the router's scores `[tokens, experts]`.
-
-    Returns:
-        Weights float32 and experts int64, both `[tokens, top_k]`, the heaviest first. The weights
-        are shares of the softmax over all experts; normalised, they add up to 1.
-    """
-    weights, experts = logits.float().softmax(-1).topk(top_k, -1)
-    return (weights / weights.sum(-1, keepdim=True) if normalise else weights), experts
-
-
 def run_experts(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
@@ -125,6 +123,16 @@ def run_experts(
     copied = experts.numel() * gate_up[0].numel()
     compute = experts_gathered if copied <= _COPIED else experts_grouped
     return compute(x, weights, experts, gate_up, down)
+
+
+def warm_experts(network: nn.Module, most_tokens: int) -> None:
+    """Compile, and measure where it is to be done, what batches of up to so many tokens will run in
+    the mixtures of a network; nothing on a CPU."""
+    shapes = {(m.gate_up.shape, m.down.shape): m for m in network.modules() if isinstance(m, MoE)}
+    for layer in shapes.values():
+        if use_triton(layer.gate_up):
+            for tokens in token_counts(layer.top_k, len(layer.down), most_tokens):
+                layer(layer.down.new_zeros(tokens, layer.down.shape[1]).normal_())
 
 
 def experts_loop(

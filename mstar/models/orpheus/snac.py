@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mstar.engine.kernels.dispatch import use_triton
+from mstar.engine.kernels.snake import depthwise_snake, snake
 from mstar.engine.weights import Source
 from mstar.models.orpheus.snac_config import DILATIONS, REACH, TAPS, SnacConfig
 from mstar.models.orpheus.snac_weights import as_stored, folded
@@ -205,7 +207,15 @@ class Residual(nn.Module):
         self.mix = Pointwise(f"{stored}.block.3", width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.add_(self.mix(self.second(self.conv(self.first(x)))))
+        return x.add_(self.mix(self._filtered(self.first(x))))
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        conv, after = self.conv, self.second
+        if isinstance(conv, Depthwise) and use_triton(x):
+            return depthwise_snake(
+                x, conv.weight, conv.bias, conv.dilation, after.alpha, after.inverse
+            )
+        return after(conv(x))
 
 
 class Snake(nn.Module):
@@ -225,8 +235,7 @@ class Snake(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        wave = torch.mul(x, self.alpha).sin_().square_()
-        return wave.mul_(self.inverse).add_(x)
+        return snake(x, self.alpha, self.inverse)
 
 
 class Codebook(nn.Module):

@@ -32,6 +32,7 @@ from mstar.engine.kernels import (
     pixels,
     rms_norm,
     rotary_store,
+    route,
     snake,
 )
 
@@ -83,6 +84,10 @@ _GUIDED = {
     **{"places": "*i32", "TINY": 1e-8, "DIM": 64, "BLOCK": 64, "ROWS": 64, "num_warps": 8},
 }
 _L1 = {"WIDTH": 1408, "BLOCK": 2048, "ROWS": 4, "TOKENS": 32, "NORMED": True, "num_warps": 8}
+_ROUTE = {
+    **{"logits": "*bf16", "weights": "*fp32", "experts": "*i64", "num_warps": 1},
+    **{"COUNT": 128, "BLOCK": 128, "TOP_K": 8, "PLACES": 8, "NORMALISE": True},
+}
 _BLOCKS = {
     **{"experts": "*i64", "rows": "*i32", "owner": "*i32"},
     **{"COUNT": 128, "SIZE": 16, "BINS": 256, "CHUNK": 1024, "num_warps": 4},
@@ -111,14 +116,10 @@ _FEW, _MANY = grouped_experts._FEW[0], grouped_experts._MANY[0]
 # (kernel, variant, {argument: constant, or type of a tensor or float}); the rest are int32.
 KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (rms_norm._rms_norm_kernel, "bf16 fused", _plain("bf16", FUSED=True, **_NORM)),
-    (rms_norm._rms_norm_kernel, "fp32", _plain("fp32", FUSED=False, **_NORM)),
     (ada_norm._ada_norm_kernel, "bf16 fused", _plain("bf16", FUSED=True, **_ADAPTIVE)),
-    (ada_norm._ada_norm_kernel, "fp32", _plain("fp32", FUSED=False, **_ADAPTIVE)),
     (guided_euler._guided_euler_kernel, "fp32", _GUIDED),
     (gated._gated_kernel, "bf16 silu", _plain("bf16", SILU=True, BLOCK=1024)),
     (gated._gated_kernel, "bf16 gelu", _plain("bf16", SILU=False, BLOCK=1024)),
-    (rotary_store._rotary_store_kernel, "bf16", _plain("bf16", NORMED=False, **_ROTARY)),
-    (rotary_store._rotary_store_kernel, "fp32", _plain("fp32", NORMED=False, **_ROTARY)),
     (rotary_store._rotary_store_kernel, "bf16 normed", _plain("bf16", NORMED=True, **_ROTARY)),
     (pair_rotary._pair_rotary_kernel, "bf16", _plain("bf16", **_PAIRS)),
     (paged_extend._extend_kernel, "bf16 wide", _attention("bf16", 256, 32, BLOCK_M=64)),
@@ -139,6 +140,7 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (snake._snake_kernel, "fp32", _plain("fp32", BLOCK=1024)),
     (snake._depthwise_snake_kernel, "fp32", _plain("fp32", **_DEPTHWISE)),
     (pixels._pixels_kernel, "bf16", {"frames": "*u8", "out": "*bf16", "BLOCK": 512, **_MEANS}),
+    (route._route_kernel, "bf16", _ROUTE),
     (expert_blocks._expert_blocks_kernel, "", _BLOCKS),
     (grouped_experts._gate_up_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
     (grouped_experts._gate_up_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),

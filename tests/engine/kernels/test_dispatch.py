@@ -13,8 +13,13 @@ from mstar.engine.kernels.dispatch import next_power_of_2, use_triton
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # import triton -> ImportError
+from importlib import import_module
+from pkgutil import iter_modules
 import torch
-from mstar.engine.kernels import dispatch, gated, paged_attention, rms_norm, rotary_store
+from mstar.engine import kernels
+for module in iter_modules(kernels.__path__):
+    import_module(f"mstar.engine.kernels.{module.name}")
+from mstar.engine.kernels import dispatch, gated, rms_norm
 assert dispatch.triton is None
 assert gated.silu_mul(torch.ones(1, 4)).shape == (1, 2)
 assert rms_norm.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-6).shape == (1, 4)

@@ -10,7 +10,12 @@ from mstar.engine.kernels.expert_blocks import (
     expert_blocks_torch,
     expert_blocks_triton,
 )
-from mstar.engine.kernels.grouped_experts import block_rows, grouped_experts_triton
+from mstar.engine.kernels.grouped_experts import (
+    block_rows,
+    grouped_experts_triton,
+    token_counts,
+)
+from mstar.engine.kernels.route import route_torch, route_triton
 from mstar.engine.layers.moe import experts_grouped, experts_loop, route, run_experts
 
 # items, experts, rows of a block, what is chosen: anything below it
@@ -86,6 +91,37 @@ def test_rows_inside_wider_rows_are_read(triton_device: str) -> None:
 @pytest.mark.parametrize(("share", "rows"), [(0, 16), (20, 32), (64, 64), (4000, 128)])
 def test_blocks_are_as_high_as_experts_have_items(share: int, rows: int) -> None:
     assert block_rows(share * 128, 128) == rows
+
+
+def test_a_few_numbers_of_tokens_need_every_kind_of_block() -> None:
+    counts = token_counts(8, 128, 4096)
+    assert counts[:2] == [1, 5]  # each token alone, and no more
+    assert {block_rows(8 * n, 128) for n in counts[1:]} == {16, 32, 64, 128}
+    assert token_counts(8, 128, 300) == counts[:3]
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("shape", [(7, 20, 3), (2, 128, 8), (3, 4, 1), (0, 4, 2)], ids=str)
+def test_the_router_is_one_kernel(shape, normalise: bool, triton_device: str) -> None:
+    tokens, count, top_k = shape
+    logits = 3 * torch.randn(tokens, count, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        given = logits.to(triton_device, dtype)
+        weights, experts = route_triton(given, top_k, normalise=normalise)
+        expected, _ = route_torch(given, top_k, normalise=normalise)
+        torch.testing.assert_close(weights, expected)  # equal scores may be swapped
+        assert all(len(row.unique()) == top_k for row in experts)
+        shares = given.double().softmax(-1).gather(1, experts)
+        if normalise:
+            shares = shares / shares.sum(-1, keepdim=True)
+        torch.testing.assert_close(weights.double(), shares, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_router_names_experts_that_there_are_even_of_nan(triton_device: str) -> None:
+    logits = torch.full((2, 5), torch.nan, device=triton_device)
+    _, experts = route_triton(logits, 2)
+    assert ((experts >= 0) & (experts < 5)).all()
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ from attention_cases import CASES, Case, make_case, reference
 from mstar.engine.kernels.paged_attention import paged_attention, paged_attention_triton
 from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
 from mstar.engine.kernels.paged_decode import paged_decode_triton
+from mstar.engine.kernels.paged_extend import paged_extend_triton
+from mstar.engine.kernels.paged_tiles import DECODE, EXTEND, tiles
 
 LONG = Case("long", [(1, 100, True), (1, 7, True), (1, 33, True), (1, 64, True)], page_size=16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -104,6 +106,17 @@ def test_the_kernels_match_the_reference(
     assert out.dtype == dtype
     expected = reference(q, k, v, batch, scale)
     torch.testing.assert_close(out.double().cpu(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=lambda case: case.name)
+def test_every_tile_gives_the_same(case: Case, triton_device: str) -> None:
+    q, k, v, batch, scale = make_case(case, torch.float32, triton_device)
+    expected = reference(q, k, v, batch, scale)
+    for extend, decode in zip(tiles(EXTEND, q, k)[1], tiles(DECODE, q, k)[1], strict=True):
+        out = torch.full_like(q, torch.nan)
+        paged_extend_triton(q, k, v, batch.tensors_on(q.device), scale, out, extend)
+        paged_decode_triton(q, k, v, batch.tensors_on(q.device), scale, out, tile=decode)
+        torch.testing.assert_close(out.double().cpu(), expected, atol=2e-6, rtol=0)
 
 
 def test_the_kernels_read_strided_pools_and_queries(triton_device: str) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mstar.engine.weights import Checkpoint, load, randomize
 from mstar.models import orpheus
+from mstar.models.orpheus import snac
 from mstar.models.orpheus.frames import to_pcm16
 from mstar.models.orpheus.noise import FrameNoise, by_block
 from mstar.models.orpheus.snac import SnacConfig, SnacDecoder
@@ -336,3 +337,11 @@ class TestMistakes:
     def test_keep_range(self, tiny, keep):
         with pytest.raises(ValueError, match="not a range of frames within 0 to 4"):
             tiny(random_codes(tiny.config, 1, 4), keep=keep)
+
+
+def test_convolutions_with_their_activation_in_one_kernel_make_the_same_samples(tiny, monkeypatch):
+    decoder, codes = tiny, [torch.randint(0, 16, (1, n)) for n in (4, 8, 16)]
+    with torch.inference_mode():
+        plain = decoder(codes)
+        monkeypatch.setattr(snac, "use_triton", lambda x: True)
+        torch.testing.assert_close(decoder(codes), plain, rtol=0, atol=2e-6)
