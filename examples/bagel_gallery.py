@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from mstar import Engine
 
-PROMPTS = ["A red bicycle on a wall", "A paper boat at dawn", "A fox in the snow"]
+PROMPTS = ["A red bicycle", "A paper boat", "A fox in snow"]
 SCALES = [1.0, 4.0, 8.0]
 EDIT = "Make it winter"
 MARGIN, CAPTION = 8, 14

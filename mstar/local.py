@@ -247,7 +247,8 @@ class Engine(GenerateMethods):
         """A robot's view of a model that acts; see `mstar.models.pi05.policy.RobotPolicy`.
 
         Args:
-            robot: a name (`"droid"`, `"libero"`, `"aloha"`), a `Robot`, or the checkpoint's own.
+            robot: a name (`"droid"`, `"libero"`, `"aloha"`), a `Robot`, or the checkpoint's own;
+                of a planner its settings, `{"goal": image, "samples": 100, ...}`.
             rename: key of an observation -> the key that the robot's convention has for it.
 
         Raises:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mstar.models.parameters import Parameters
@@ -136,8 +135,7 @@ class AcWorld:
             return await self.world.imagine(rollouts, path.actions, path.states)
 
         found = self.engine.run(walk)
-        states = torch.stack([each.expand(len(found), 7) for each in path.states], 1)
-        return Rollout(Latents(_like(actions, found)), _like(actions, states).numpy())
+        return Rollout(Latents(_like(actions, found)), _like(actions, path.states).numpy())
 
     def plan(
         self,
@@ -185,7 +183,7 @@ class AcWorld:
         return Plan(
             found.actions.cpu().numpy(),
             [costs.cpu().numpy() for costs in found.costs],
-            torch.cat(found.states).cpu().numpy(),
+            found.states[0].cpu().numpy(),
             None if imagined is None else Latents(imagined[0]),
             time.monotonic() - began,
         )

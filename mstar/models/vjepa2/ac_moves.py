@@ -24,14 +24,16 @@ class Course:
     Args:
         past_actions, past_states: of the frames before that, float32 `[frames, 7]`.
         actions: float32 `[samples, horizon, 7]`.
-        states: before each action, and after the last one where that is known, float32 `[samples
-            or 1, 7]`.
+        states: before each action, and after the last one where that is known, float32
+            `[samples, horizon (+ 1), 7]`.
+        together: whether all samples begin with the same state.
     """
 
     past_actions: Tensor
     past_states: Tensor
     actions: Tensor
-    states: list[Tensor]
+    states: Tensor
+    together: bool
 
 
 def course(actions: Tensor, states: Tensor, seen: int, horizon: int) -> Course:
@@ -64,8 +66,9 @@ def course(actions: Tensor, states: Tensor, seen: int, horizon: int) -> Course:
     if states.shape[1] < total:
         after = trajectory(states[:, past], future)
     else:
-        after = list(states[:, past : total + 1].unbind(1))
-    return Course(actions[0, :past], states[0, :past], future, after)
+        after = states[:, past : total + 1].expand(len(future), -1, -1)
+    together = bool((states[:, past] == states[:1, past]).all())
+    return Course(actions[0, :past], states[0, :past], future, after, together)
 
 
 def paired(actions: Any, states: Any, frames: int) -> tuple[Tensor, Tensor]:

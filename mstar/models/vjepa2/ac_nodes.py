@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +29,11 @@ class Seeing:
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """A rollout in one piece, or the costs at its end if there is a goal."""
+    """A rollout in one piece, or the costs at its end if there is a goal; see `Rollouts.roll`."""
 
-    latents: Tensor
+    start: Start
     actions: Tensor
-    states: Sequence[Tensor]
+    states: Tensor
     goal: Tensor | None = None
     kind: str = ""
 
@@ -82,13 +81,18 @@ class AcNodes:
     def _imagine(self, batch: list[Whole]) -> list[Tensor]:
         found = []
         for call in batch:
-            kind, scored = call.kind, call.goal is not None
-            given = (call.latents, *([call.goal] if scored else []), call.actions, *call.states)
+            together, kind = call.start.together, call.kind
 
-            def step(latents: Tensor, *rest: Tensor, scored=scored, kind=kind) -> tuple[Tensor]:
-                goal, rest = (rest[0], rest[1:]) if scored else (None, rest)
-                actions, *states = rest
-                rollouts = Rollouts(self.predictor, Start(latents, actions[0, :0], actions[0, :0]))
+            def step(
+                latents: Tensor,
+                actions: Tensor,
+                states: Tensor,
+                goal: Tensor | None = None,
+                together: bool = together,
+                kind: str = kind,
+            ) -> tuple[Tensor]:
+                none = actions[0, :0]
+                rollouts = Rollouts(self.predictor, Start(latents, none, none, None, together))
                 if goal is not None:
                     steps = rollouts.roll(actions, states, self.cost(goal, kind))
                     return (run_through(self.predictor, steps),)
@@ -96,7 +100,9 @@ class AcNodes:
                 run_through(self.predictor, rollouts.roll(actions, states), kept.append)
                 return (torch.cat(kept, 1),)
 
-            (made,) = self.captured.run(step, *given, key=("imagine", scored, kind))
+            given = [call.start.latents, call.actions, call.states]
+            given += [] if call.goal is None else [call.goal]
+            (made,) = self.captured.run(step, *given, key=("imagine", together, kind))
             found.append(made.clone())
         return found
 

@@ -20,7 +20,6 @@ from mstar.models.vjepa2.plan import still_or_clip
 
 __all__ = ["Asked", "Search", "landscape", "lay_out", "search_of", "searching"]
 
-
 _GOALS = ("goal_hidden", "goal_image", "goal_hidden_fill")
 
 
@@ -72,7 +71,8 @@ def lay_out(
         InvalidRequest: something is missing, wrong or too much.
     """
     flow = _flow(params)
-    if "action" in outputs and flow not in ("plan", "pass", "score"):
+    chooses = flow in ("plan", "score") or (flow == "pass" and params["mpc"])
+    if "action" in outputs and not chooses:
         raise InvalidRequest("output_modalities", outputs, "only plan and mpc make actions")
     if flow == "plan" and "action" not in outputs:
         raise InvalidRequest("output_modalities", outputs, "a plan is of actions: ask for action")
@@ -83,13 +83,8 @@ def lay_out(
     if flow == "encode":
         return Asked(flow, frames, params["clip"] != "frames")
     if flow in ("plan", "energy"):
-        return searching(
-            frames,
-            rows("states", params["states"]),
-            _goal(pictured, params, config),
-            params,
-            config,
-        )
+        states, goal = rows("states", params["states"]), _goal(pictured, params, config)
+        return searching(frames, states, goal, params, config)
     goal = _goal(pictured, params, config) if params["mpc"] else None
     if flow == "pass":
         return _single(frames, goal, params, config)
@@ -113,6 +108,8 @@ def searching(
     """
     past, search = len(seen) - 1, None
     if params.get("energy"):
+        if params["energy"] < 2:
+            raise InvalidRequest("energy", params["energy"], "must be at least 2 points")
         horizon = params["action_repeat"]
         future = landscape(params["energy"], params["energy_axes"], params["energy_span"], horizon)
     else:
@@ -168,16 +165,12 @@ def _single(
 ) -> Asked:
     """A single pass: one action and one state for each frame, or for each tubelet of a clip."""
     count = rows("actions", params["actions"]).shape[1]
-    lengths = {
-        "frames": len(frames),
-        "natural": max(1, len(frames) // config.tubelet_size),
-    }
+    natural = max(1, len(frames) // config.tubelet_size)
+    lengths = {"frames": len(frames), "natural": natural}
     fitting = [kind for kind, length in lengths.items() if length == count]
     kind = params["clip"] or (fitting[0] if fitting else None)
     if kind not in fitting:
-        allowed = (
-            f"must be {lengths['natural']}, one a tubelet, or {lengths['frames']}, one a frame"
-        )
+        allowed = f"must be {len(frames)}, one a frame, or {natural}, one a tubelet of the clip"
         if kind is not None:
             allowed = f"must be {lengths[kind]} with clip={kind}"
         raise InvalidRequest("actions", f"{count} rows", allowed)

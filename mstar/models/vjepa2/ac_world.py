@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,12 @@ class Found:
         actions: float32 `[horizon, 7]`.
         costs: of the candidates of each iteration, `[samples]`; a last one that was cut short has
             fewer.
-        states: that the actions lead through, each `[1, 7]`, the present one first.
+        states: that the actions lead through, float32 `[1, horizon + 1, 7]`.
     """
 
     actions: Tensor
     costs: list[Tensor]
-    states: list[Tensor]
+    states: Tensor
 
 
 class WorldModel(AcNodes):
@@ -80,7 +80,7 @@ class WorldModel(AcNodes):
         latents, *goals = await gather(*map(self.see, seen))
         given = (path.past_actions, path.past_states, asked.extrinsics)
         known = (None if each is None else self.here(each) for each in given)
-        rollouts = Rollouts(self.predictor, Start(latents, *known))
+        rollouts = Rollouts(self.predictor, Start(latents, *known, path.together))
         await self._walk(rollouts.prefix())
         return rollouts, goals[0][-1] if goals else None
 
@@ -88,14 +88,14 @@ class WorldModel(AcNodes):
         self,
         rollouts: Rollouts,
         actions: Tensor,
-        states: Sequence[Tensor],
+        states: Tensor,
         each: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Latents `[samples, horizon, patches, embed_dim]` after each action, normed.
 
         Args:
             actions: float32 `[samples, horizon, 7]`.
-            states: before each action, float32 `[samples or 1, 7]`.
+            states: before each action, float32 `[samples, horizon or more, 7]`.
             each: is given the latents `[samples, patches, embed_dim]` of every step as soon as
                 they are there, if all samples fit into one batch.
         """
@@ -104,8 +104,8 @@ class WorldModel(AcNodes):
         found = []
         for part in parts:
             if tell is None and self._capturing(rollouts):
-                given = self.here(actions[part]), self._rows(states, part)
-                found.append(await self.whole(Whole(rollouts.start.latents, *given)))
+                given = self.here(actions[part]), self.here(states[part])
+                found.append(await self.whole(Whole(rollouts.start, *given)))
                 continue
             steps: list[Tensor] = []
 
@@ -114,9 +114,8 @@ class WorldModel(AcNodes):
                 if tell is not None:
                     tell(steps[-1])
 
-            await self._walk(
-                rollouts.roll(self.here(actions[part]), self._rows(states, part)), keep
-            )
+            todo = rollouts.roll(self.here(actions[part]), self.here(states[part]))
+            await self._walk(todo, keep)
             found.append(torch.stack(steps, 1))
         whole = torch.cat(found)
         if each is not None and tell is None:
@@ -128,7 +127,7 @@ class WorldModel(AcNodes):
         self,
         rollouts: Rollouts,
         actions: Tensor,
-        states: Sequence[Tensor],
+        states: Tensor,
         goal: Tensor,
         kind: str = "l1",
         clock: Budget | None = None,
@@ -150,9 +149,9 @@ class WorldModel(AcNodes):
             if not count:
                 break
             part = slice(done, done + count)
-            given = self.here(actions[part]), self._rows(states, part)
+            given = self.here(actions[part]), self.here(states[part])
             if self._capturing(rollouts):
-                call = Whole(rollouts.start.latents, *given, goal, kind)
+                call = Whole(rollouts.start, *given, goal, kind)
                 found.append(await self.whole(call))
             else:
                 steps = rollouts.roll(*given, self.cost(goal, kind))
@@ -172,7 +171,7 @@ class WorldModel(AcNodes):
         search, cem = asked.search, asked.search.cem
         clock = None if search.budget is None else Budget(began + search.budget, cem.topk)
         mean, std = cem.start(self.device)
-        state, costs = self.here(asked.course.states[0]), []
+        state, costs = self.here(asked.course.states[:, 0]), []
         for noise in self._noise(search):
             actions = cem.candidates(mean, std, noise)
             states = trajectory(state, actions[:, :-1])
@@ -214,9 +213,6 @@ class WorldModel(AcNodes):
     def _capturing(self, rollouts: Rollouts) -> bool:
         start = rollouts.start
         return self.captured is not None and not start.past and start.extrinsics is None
-
-    def _rows(self, states: Sequence[Tensor], part: slice) -> list[Tensor]:
-        return [self.here(each if len(each) == 1 else each[part]) for each in states]
 
     def _parts(self, samples: int, frames: int, cached: int) -> Iterator[slice]:
         size = self.size(frames, cached)

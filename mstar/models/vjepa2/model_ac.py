@@ -69,21 +69,27 @@ class VJepa2Ac(Model):
 
     async def _pass(self, request: Request, asked: Asked) -> None:
         """One prediction after each frame, or the costs of candidates over all of them."""
-        latents = await self.world.see(asked.seen, asked.clip)
-        goal = None if asked.goal is None else await self.world.see(asked.goal, asked.clip)
-        found = await self.world.one_pass(latents, *asked.moves, asked.extrinsics)
-        found = found.flatten(1, 2)
-        if goal is None:
-            _give(request, found, name="predicted")
+        world, params = self.world, request.params
+        latents = await world.see(asked.seen, asked.clip)
+        if asked.goal is None:
+            found = await world.one_pass(latents, *asked.moves, asked.extrinsics)
+            _give(request, found.flatten(1, 2), name="predicted")
             return
-        eps = None
-        if not asked.clip:
-            eps = self.config.reps_layer_norm_eps
-        if len(goal) == 1:  # of the last frame
-            costs = cost(found[:, -self.config.patches :], goal[0], request.params["cost"], eps)
-        else:
-            costs = cost(found, goal.flatten(0, 1), request.params["cost"], eps)
-        self._choose(request, asked.moves[0], costs, found)
+        goal = (await world.see(asked.goal, asked.clip)).flatten(0, 1)  # one frame is the last
+        eps = None if asked.clip else self.config.reps_layer_norm_eps
+
+        def far(predicted: Tensor) -> Tensor:
+            return cost(predicted.flatten(1, 2)[:, -len(goal) :], goal, params["cost"], eps)
+
+        def scored(hidden: Tensor) -> Tensor:
+            return far(world.predictor.latents(hidden))
+
+        alone = params["return_latents"] is False
+        found = await world.one_pass(
+            latents, *asked.moves, asked.extrinsics, scored if alone else None
+        )
+        costs, predicted = (found, None) if alone else (far(found), found.flatten(1, 2))
+        self._choose(request, asked.moves[0], costs, predicted)
 
     async def _rollout(
         self, request: Request, asked: Asked, rollouts: Rollouts, goal: None
@@ -93,12 +99,9 @@ class VJepa2Ac(Model):
         def each(latents: Tensor) -> None:
             _give(request, latents, name="predicted", step=next(step))
 
-        live = request.params["stream_rollout"]
-        path = asked.course
-        found = await self.world.imagine(
-            rollouts, path.actions, path.states, each if live else None
-        )
-        if not live:
+        path, tell = asked.course, each if request.params["stream_rollout"] else None
+        found = await self.world.imagine(rollouts, path.actions, path.states, tell)
+        if tell is None:
             for latents in found.unbind(1):
                 each(latents)
 
@@ -134,11 +137,8 @@ class VJepa2Ac(Model):
                 _give(request, costs, name="costs", iteration=iteration)
             if request.params["return_latents"]:
                 planned = found.actions.unsqueeze(0)
-                _give(
-                    request,
-                    await self.world.imagine(rollouts, planned, found.states),
-                    name="predicted",
-                )
+                latents = await self.world.imagine(rollouts, planned, found.states)
+                _give(request, latents, name="predicted")
 
     def _choose(
         self, request: Request, actions: Tensor, costs: Tensor, found: Tensor | None
@@ -147,7 +147,7 @@ class VJepa2Ac(Model):
         best = int(costs.argmin())
         if "latent" in request.output_modalities:
             _give(request, costs, name="costs", best_index=best)
-            if found is not None and request.params["return_latents"] is not False:
+            if found is not None:
                 _give(request, found, name="predicted")
         if "action" in request.output_modalities:
             request.emit_actions(actions[best].cpu().numpy(), best_index=best)

@@ -29,11 +29,12 @@ def difference(before: Tensor, after: Tensor) -> Tensor:
     return torch.cat([moved, _angles(turned), second[..., 6:] - first[..., 6:]], -1).to(after.dtype)
 
 
-def trajectory(pose: Tensor, actions: Tensor) -> list[Tensor]:
-    """The pose `[1, 7]`, and the poses `[samples, 7]` after each of the actions `[samples, steps,
-    7]`: those of `integrate`, rounded once."""
+def trajectory(pose: Tensor, actions: Tensor) -> Tensor:
+    """Poses `[samples, steps + 1, 7]`: one `[samples or 1, 7]`, and those after each of the actions
+    `[samples, steps, 7]`, as of `integrate` but rounded once."""
+    first = pose.expand(len(actions), 7).unsqueeze(1)
     if not actions.shape[1]:
-        return [pose]
+        return first
     before, changes = pose.double(), actions.double()
     turns, turned, grips = _matrix(changes[..., 3:6]), [_matrix(before[:, 3:6])], [before[:, 6]]
     for step in range(actions.shape[1]):
@@ -41,7 +42,7 @@ def trajectory(pose: Tensor, actions: Tensor) -> list[Tensor]:
         grips.append((grips[-1] + changes[:, step, 6]).clamp(0, 1))
     position = before[:, None, :3] + changes[..., :3].cumsum(1)
     angles, gripper = _angles(torch.stack(turned[1:], 1)), torch.stack(grips[1:], 1).unsqueeze(-1)
-    return [pose, *torch.cat([position, angles, gripper], -1).to(pose.dtype).unbind(1)]
+    return torch.cat([first, torch.cat([position, angles, gripper], -1).to(pose.dtype)], 1)
 
 
 def _matrix(angles: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ computed once for all samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,12 +39,14 @@ class Start:
         latents: of the frames that were seen, `[frames, patches, embed_dim]`.
         actions, states: of the frames but for the last one, float32 `[frames - 1, 7]`.
         extrinsics: of all frames to come, too, float32 `[frames - 1 + horizon, 6]`, or None.
+        together: whether all samples are in the same state: what follows from it is computed once.
     """
 
     latents: Tensor
     actions: Tensor
     states: Tensor
     extrinsics: Tensor | None = None
+    together: bool = False
 
     @property
     def past(self) -> int:
@@ -75,15 +77,14 @@ class Rollouts:
             self._prefix = cache
 
     def roll(
-        self, actions: Tensor, states: Sequence[Tensor], last: Finish | None = None
+        self, actions: Tensor, states: Tensor, last: Finish | None = None
     ) -> Generator[Step, Tensor, Tensor]:
         """The latents `[samples, 1, patches, embed_dim]` after the last action, normed, or what
         `last` makes of its hidden states.
 
         Args:
             actions: float32 `[samples, horizon, 7]`, from the last frame that was seen.
-            states: before each action, float32 `[samples or 1, 7]`; of more than it takes, those
-                at the end are left out.
+            states: before each action, float32 `[samples, horizon or more, 7]`.
         """
         samples, horizon, _ = actions.shape
         past = self.start.past
@@ -98,7 +99,7 @@ class Rollouts:
             frames = Frames(
                 latents,
                 actions[:, span],
-                states[step].unsqueeze(1),
+                states[:1, span] if self.start.together and not step else states[:, span],
                 self._extrinsics(past + step, past + step + 1),
                 cache,
             )

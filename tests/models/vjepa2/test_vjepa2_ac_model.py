@@ -267,7 +267,7 @@ def test_captured_rollouts_and_plans_are_those_of_single_steps(engine, captured)
         close(plan.actions, f"cem_{name}/plan", 1e-5)
         close(np.stack(plan.costs), f"cem_{name}/sample_costs", 1e-5)
     assert len(captured) == 4  # to encode, to roll out, and two sizes of plan
-    plan = engine.plan(start, goal, POSES[0], budget_ms=50, samples=10**6, seed=0)
+    plan = engine.plan(start, goal, POSES[0], budget_ms=50, samples=10**4, iterations=1, seed=0)
     assert len(plan.costs) <= 1
     assert len(captured) < 20
 
@@ -352,6 +352,11 @@ BAD = {
     "goal path": ("goal_image", {**CANDIDATES, "mpc": True, "goal_image": "/etc/hostname"}),
     "goal broken": ("goal_image", {**CANDIDATES, "mpc": True, "goal_image": b"nothing"}),
     "action": ("output_modalities", {**ROLLOUT, "output_modalities": ("action",)}),
+    "action of a pass": (
+        "output_modalities",
+        {"actions": MOVES[:3], "states": POSES[:3], "output_modalities": ("action",)},
+    ),
+    "energy": ("energy", {"energy": 1, "states": POSES[0], "goal_hidden": GOAL}),
     "no action": ("output_modalities", {"plan": True, "states": POSES[0], "goal_hidden": GOAL}),
     "broken": ("video", {"video": b"nothing", "skip_predictor": True}),
     "empty": ("video", {"video": CLIP[:0], "skip_predictor": True}),
@@ -419,6 +424,18 @@ def test_half_precision_is_near():
     golden = ARRAYS["rollout_reps"]
     cosine = (found * golden).sum() / np.linalg.norm(found) / np.linalg.norm(golden)
     assert cosine > 0.999
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_captured_steps_are_near_the_goldens():
+    with Engine("vjepa2_ac-tiny", device="cuda", dtype="float32") as gpu:
+        for _ in range(2):  # captured, then replayed
+            found = gpu.rollout(CLIP[:1], ARRAYS["rollout_actions"], POSES[0]).latents
+            close(found, "rollout_reps", 1e-3)
+            plan = gpu.plan(CLIP[:1], CLIP[5], POSES[0], **SEARCHES["notebook"])
+            np.testing.assert_allclose(
+                plan.costs[0], ARRAYS["cem_notebook/sample_costs"][0], atol=1e-3
+            )
 
 
 def test_dummy_weights_need_no_file(tmp_path):

@@ -98,11 +98,12 @@ def test_calls_in_one_batch_are_those_alone(net):
 @pytest.mark.parametrize("name", ["rollout_reps", "rollout_given_states_reps"])
 def test_rollouts(net, name):
     actions = GOLDENS["rollout_actions"]
-    states = list(GOLDENS["rollout_given_states"].unbind(1))
+    states = GOLDENS["rollout_given_states"]
     if name == "rollout_reps":
         states = trajectory(GOLDENS["poses"][:, 0], actions)
-        close(torch.stack([each.expand(2, 7) for each in states], 1), "rollout_poses", 1e-5)
-    rollouts = Rollouts(net.predictor, Start(REPS[0, :1], actions[0, :0], actions[0, :0]))
+        close(states, "rollout_poses", 1e-5)
+    start = Start(REPS[0, :1], actions[0, :0], actions[0, :0], together=name == "rollout_reps")
+    rollouts = Rollouts(net.predictor, start)
     for steps in range(1, 5):
         found = run_through(net.predictor, rollouts.roll(actions[:, :steps], states))
         torch.testing.assert_close(found[:, 0], GOLDENS[name][:, steps - 1], atol=1e-4, rtol=0)
@@ -120,10 +121,10 @@ def test_cached_rollouts_are_those_recomputed_also_from_several_frames(net):
     found = run_through(predictor, rollouts.roll(actions[:, past:], after))
 
     latents = REPS[:, :seen_frames].expand(4, -1, -1, -1)
-    states = [each.expand(4, 7) for each in (*poses[:, :past].unbind(1), *after)]
+    states = torch.cat([poses[:, :past].expand(4, -1, -1), after], 1)
     for step in range(horizon):
         count = seen_frames + step
-        given = Frames(latents, actions[:, :count], torch.stack(states[:count], 1))
+        given = Frames(latents, actions[:, :count], states[:, :count])
         again = predictor.norm(predictor.latents(predictor([given])[0][:, -1:]))
         latents = torch.cat([latents, again], 1)
     torch.testing.assert_close(found, again, atol=5e-5, rtol=0)
