@@ -69,6 +69,11 @@ def test_offline_and_not_cached_says_what_to_do(cache, tmp_path):
     assert "\n" not in text
 
 
+def test_a_file_elsewhere_is_for_the_user_to_download():
+    with pytest.raises(ModelNotFound, match="download it and give its file as weights"):
+        resolve("https://example.org/model.pt", patterns=["*"])
+
+
 @pytest.mark.parametrize("source", ["nowhere", "./a/b", "/no/such/folder", "a/b/c", "~/x/y", ""])
 def test_what_is_neither_a_path_nor_a_repository(source, cache, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
