@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,8 @@ class DecodeGraphs:
         buckets: batch sizes to capture, ascending.
         max_tokens: longest sequence; sets the width of the block tables.
         record: how to capture (see `record`).
+        width: of the embeddings that are the inputs, in the pool's dtype; 0 for ids.
+        fractions: whether positions are float32 (what is written to the device are their bits).
     """
 
     def __init__(
@@ -40,11 +43,15 @@ class DecodeGraphs:
         buckets: Sequence[int],
         max_tokens: int,
         record: Record,
+        width: int = 0,
+        fractions: bool = False,
     ) -> None:
         self.forward = forward
         self.pool = pool
         self.buckets = sorted(buckets)
         self.max_pages = min(pool.pages_for(max_tokens), pool.table.count)
+        self.width = width
+        self.fractions = fractions
         self._captured: dict[int, Captured] = {}
         self._record = record
 
@@ -60,14 +67,14 @@ class DecodeGraphs:
     def run(
         self,
         ids: Tensor,
-        positions: Sequence[int],
+        positions: Sequence[float],
         kv_lens: Sequence[int],
         tables: Sequence[Sequence[int]],
     ) -> Outputs:
         """Replay one step; hidden states and logits of the rows, valid until the next step.
 
         Args:
-            ids: int64 `[batch]`, on the device.
+            ids: int64 `[batch]`, or embeddings `[batch, width]`, on the device.
             kv_lens: keys per sequence, those of the new token included.
             tables: page numbers per sequence.
         """
@@ -80,6 +87,8 @@ class DecodeGraphs:
             table[(length - 1) // page] * page + (length - 1) % page
             for table, length in zip(tables, kv_lens, strict=True)
         ]
+        if self.fractions:
+            positions = np.asarray(positions, dtype=np.float32).view(np.int32)
         numbers = [*positions, *pad, *slots, *(-1 for _ in pad), *kv_lens, *(1 for _ in pad)]
         table = block_table(tables)
         numbers, pages = pack((numbers, table.ravel()), torch.int32, own_ids.device)
@@ -98,6 +107,8 @@ class DecodeGraphs:
     def _capture(self, size: int) -> Captured:
         device = self.pool.tensor.device
         ids = torch.zeros(size, dtype=torch.int64, device=device)
+        if self.width:
+            ids = self.pool.tensor.new_zeros(size, self.width)
         # An even width: every row begins at a multiple of 16 bytes, as tensors of their own do.
         numbers = torch.zeros(3, size + size % 2, dtype=torch.int64, device=device)[:, :size]
         numbers[1] = -1
@@ -108,6 +119,8 @@ class DecodeGraphs:
 
         def step(ids: Tensor, numbers: Tensor, pages: Tensor) -> Outputs:
             positions, slots, lengths = numbers
+            if self.fractions:
+                positions = positions.to(torch.int32).view(torch.float32)
             batch = BatchTensors(
                 query_start=query_start,
                 kv_len=lengths.to(torch.int32),

@@ -69,6 +69,8 @@ class LanguageModel(Node):
         look_ahead: launch a sequence's next step before its last token is read (default: on a GPU).
             Stop conditions are then seen one step late and the surplus token is dropped.
         graphs: capture decode steps as CUDA graphs (on a GPU).
+        width: of the embeddings that decode steps take instead of ids, if they are to be captured.
+        fractions: whether positions may be fractions, in captured steps, too.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class LanguageModel(Node):
         span_budget: int | None = None,
         look_ahead: bool | None = None,
         graphs: bool = True,
+        width: int = 0,
+        fractions: bool = False,
     ) -> None:
         super().__init__(name, self._run, max_batch=max_batch)
         self.network = network
@@ -93,6 +97,7 @@ class LanguageModel(Node):
         self.sampler = sampler_for(self.device, network.vocab_size)
         self.graphs: DecodeGraphs | None = None
         self._use_graphs = graphs and self.device.type == "cuda"
+        self._width, self._fractions = width, fractions
 
     # -- for walks ---------------------------------------------------------------------------
 
@@ -228,7 +233,13 @@ class LanguageModel(Node):
         if self._use_graphs and self.graphs is None:
             buckets = [1, 2, 4, *range(8, self.max_batch, 8), self.max_batch]
             graphs = DecodeGraphs(
-                self._decode, self.pool, sorted(set(buckets)), self.pool.capacity, record()
+                self._decode,
+                self.pool,
+                sorted(set(buckets)),
+                self.pool.capacity,
+                record(),
+                self._width,
+                self._fractions,
             )
             graphs.capture()
             self.graphs = graphs
@@ -289,7 +300,8 @@ class LanguageModel(Node):
         pieces, positions = layout.pieces, layout.positions
         counted = not isinstance(positions, Tensor)
         inputs = self._inputs(pieces)
-        if counted and self._is_captured(pieces, sampled):
+        fixed = counted or (self._fractions and positions.dim() == 1)
+        if fixed and self._is_captured(pieces, sampled):
             hidden, logits = self.graphs.run(inputs, positions, kv_lens, tables)
             return (hidden.clone() if any(p.span.hidden for p in pieces) else hidden), logits
         batch = PagedBatch(
@@ -324,7 +336,7 @@ class LanguageModel(Node):
         return (
             self.graphs is not None
             and len(sampled) == len(pieces)
-            and all(p.count == 1 and not p.span.is_embedded for p in pieces)
+            and all(p.count == 1 and p.span.is_embedded == bool(self._width) for p in pieces)
             and self.graphs.fits(len(pieces), [p.span.kv.pages for p in pieces])
         )
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_graphs import BUCKETS, Decode
 from tiny_lm import GREEDY, NETWORK, alone, language_model, prompt_of
 from walks import results
 
 from mstar.engine.content import media_content
+from mstar.engine.graphs import DecodeGraphs
 from mstar.engine.kvcache import KVPool
 from mstar.engine.layers.attention import GrowingContext
 from mstar.engine.layout import Layout
 from mstar.engine.lm import Span
 from mstar.engine.prefill import PromptSpan, prefill_causal
 from mstar.types import Usage
+from tests.recording import replays
 
 TEXT, QUESTION = prompt_of(9), prompt_of(13, 1)
 
@@ -153,3 +156,35 @@ def test_positions_of_a_batch_are_integers_as_long_as_all_are():
     assert both.tolist() == [[5, 0, 0], [5, 3, 4], [5, 6, 8]]
     with pytest.raises(ValueError, match="3 positions for a span of 2"):
         span(0, positions=axes(0, 3)).check()
+
+
+@pytest.mark.parametrize("offset", [0, -2, 0.5])
+def test_captured_steps_on_embeddings_between_integers_choose_the_same(offset):
+    """Each of three sequences is fed the embedding of its last token, and one half more."""
+
+    async def walk(lm, seed):
+        sampler = lm.sampler.open(GREEDY, ())
+        tokens = []
+        with lm.open_cache() as kv:
+            kv.offset = offset
+            step = await lm(Span(kv, prompt_of(5, seed), 5, sampler=sampler))
+            for _ in range(6):
+                tokens.append(step.token)
+                row = NETWORK.embed(torch.tensor([step.token])) * 1.5
+                step = await lm(Span(kv, row, 1, sampler=sampler, hidden=True))
+                tokens.append(round(float(step.hidden.sum()), 3))
+        return tokens
+
+    found = []
+    for graphs in (False, True):
+        lm, runtime = language_model(width=16, fractions=True)
+        step = Decode(lm)
+        if graphs:
+            shape = lm.pool, BUCKETS, lm.pool.capacity, replays
+            lm.graphs = DecodeGraphs(step, *shape, width=16, fractions=True)
+        with torch.inference_mode():
+            found.append(results(*(walk(lm, seed) for seed in range(3)), runtime=runtime))
+        assert bool(step.sizes) == graphs
+    for plain, captured in zip(*found, strict=True):
+        assert captured[::2] == plain[::2]
+        assert captured[1::2] == pytest.approx(plain[1::2], abs=2e-3)

@@ -20,7 +20,7 @@ from mstar.engine.weights import Source
 from mstar.models.qwen3_omni.decoder import Decoder
 from mstar.models.qwen3_omni.sizes import DecoderConfig
 
-__all__ = ["CodePredictor", "Frames"]
+__all__ = ["CodePredictor", "Sequences"]
 
 
 class CodePredictor(nn.Module):
@@ -37,7 +37,7 @@ class CodePredictor(nn.Module):
         self.codec_embedding = nn.Parameter(torch.empty(shape))
         self.decoder = Decoder(config)
         self.lm_head = nn.Parameter(torch.empty(shape))
-        self._frames: dict[int, Frames] = {}
+        self._sequences: dict[int, Sequences] = {}
 
     def sources(self, name: str) -> Sequence[Source]:
         """Where parameter `name` is in a checkpoint, in which tables and heads are apart."""
@@ -74,14 +74,14 @@ class CodePredictor(nn.Module):
             Codes int64 `[frames, groups - 1]`.
         """
         count, groups = len(hidden), len(self.lm_head)
-        frames = self._frames.get(count)
-        if frames is None:
-            frames = self._frames[count] = Frames(self.decoder, count, groups + 1, hidden)
-        frames.length = 0
+        size = 1 << (count - 1).bit_length()
+        if size not in self._sequences:
+            self._sequences[size] = Sequences(self.decoder, size, groups + 1, hidden)
+        sequences = self._sequences[size].begin(count)
         x = torch.stack([hidden, first], 1).flatten(0, 1)
         codes: list[Tensor] = []
         for k in range(groups):
-            states = frames.extend(x).view(count, -1, hidden.shape[1])[:, -1]
+            states = sequences.extend(x).view(count, -1, hidden.shape[1])[:, -1]
             scores = linear(states, self.lm_head[k]).float()
             if keep is not None:
                 keep.append(scores)
@@ -91,36 +91,39 @@ class CodePredictor(nn.Module):
         return torch.stack(codes, 1)
 
 
-class Frames:
+class Sequences:
     """Sequences that grow together, with room for a known length: an `AttentionContext`.
 
-    They can be used again, from length 0 on.
-
     Args:
-        count: how many sequences.
+        size: most sequences.
         length: most tokens of each.
         like: of which dtype and device keys and values are.
     """
 
-    def __init__(self, decoder: Decoder, count: int, length: int, like: Tensor) -> None:
+    def __init__(self, decoder: Decoder, size: int, length: int, like: Tensor) -> None:
         layout = decoder.kv_layout
         self.decoder = decoder
-        self.count = count
+        self.count = size
         self.length = 0
-        shape = layout.layers, count, length, layout.kv_heads, layout.head_dim
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        places = torch.arange(length, device=like.device).expand(count, -1)
-        slots = places + torch.arange(count, device=like.device)[:, None] * length
+        shape = layout.layers, size, length, layout.kv_heads, layout.head_dim
+        self._keys, self._values = like.new_empty(shape), like.new_empty(shape)
+        places = torch.arange(length, device=like.device).expand(size, -1)
+        slots = places + torch.arange(size, device=like.device)[:, None] * length
         # Of the first two tokens, of the third, ...: their slots and their angles.
         self._steps = [
-            (slots[:, rows].flatten(), decoder.rotary.angles(places[:, rows].flatten()))
+            (slots[:, rows].flatten(), *decoder.rotary.angles(places[:, rows].flatten()))
             for rows in (slice(0, 2), *(slice(k, k + 1) for k in range(2, length)))
         ]
+
+    def begin(self, count: int) -> Sequences:
+        """Forget all, and go on with `count` empty sequences."""
+        self.count, self.length = count, 0
+        return self
 
     def extend(self, x: Tensor) -> Tensor:
         """Normed hidden states `[count * new, hidden]` of new tokens of every sequence: two at
         first, and then one at a time."""
-        self._now, angles = self._steps[max(self.length - 1, 0)]
+        self._slots, *angles = (rows[: len(x)] for rows in self._steps[max(self.length - 1, 0)])
         self.length += len(x) // self.count
         return self.decoder(x, context=self, angles=angles)[0]
 
@@ -134,10 +137,10 @@ class Frames:
     ) -> Tensor:
         """See `AttentionContext.attend`."""
         ((qkv, norms),) = parts
-        keys, values = self.keys[layer], self.values[layer]
-        q = rotary_store(qkv, *angles, keys, values, self._now, heads, kv_heads, norms)
+        pages = self._keys[layer], self._values[layer]
+        q = rotary_store(qkv, *angles, *pages, self._slots, heads, kv_heads, norms)
         q = q.unflatten(0, (self.count, -1)).transpose(1, 2)
-        k, v = (pages[:, : self.length].transpose(1, 2) for pages in (keys, values))
+        k, v = (rows[: self.count, : self.length].transpose(1, 2) for rows in pages)
         causal = q.shape[2] > 1  # then these are the first tokens
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mstar.engine.captured import CapturedSteps, record
 from mstar.engine.channel import Channel
 from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.kvcache import KVCache, KVPool
@@ -15,13 +16,13 @@ from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
 from mstar.engine.prefill import prefill_causal
 from mstar.engine.request import Request
-from mstar.engine.sampler import sampler_for
 from mstar.engine.sampling import SamplerState
 from mstar.engine.spans import Step
 from mstar.engine.traps import gather, spawn
 from mstar.errors import ContextTooLong, InvalidRequest, WeightsError
 from mstar.models.base import Inputs, Model, Setup
 from mstar.models.qwen3_omni.card import MOST_FRAMES, MOST_TOKENS
+from mstar.models.qwen3_omni.frames import Frames
 from mstar.models.qwen3_omni.material import Material
 from mstar.models.qwen3_omni.networks import Networks, load_networks
 from mstar.models.qwen3_omni.plan import Plan, Planner
@@ -29,7 +30,6 @@ from mstar.models.qwen3_omni.positions import offset_of
 from mstar.models.qwen3_omni.prompt import Segment
 from mstar.models.qwen3_omni.runners import (
     audio_runner,
-    frame_runner,
     vision_runner,
     vocoder_runner,
 )
@@ -81,7 +81,8 @@ class Qwen3Omni(Model):
 
     def _speech(self, networks: Networks, lm: LanguageModel) -> Speech:
         omni = networks.omni
-        sampler = sampler_for(lm.device, omni.talker.code_predictor.config.vocab_size)
+        steps = CapturedSteps(record(), lm.device) if lm.device.type == "cuda" else None
+        frames = Frames(omni, steps, lm.max_batch)
         sound = Node(
             "vocoder",
             vocoder_runner(networks.vocoder),
@@ -93,8 +94,8 @@ class Qwen3Omni(Model):
         return Speech(
             omni,
             lm,
-            Node("frame", frame_runner(omni, sampler), max_batch=lm.max_batch),
-            sampler,
+            frames,
+            Node("frame", frames.run, max_batch=lm.max_batch),
             networks.vocoder,
             sound,
             Speaker(omni.thinker, omni.talker, self.config, newline),
@@ -138,25 +139,34 @@ class Qwen3Omni(Model):
     def warmup(self) -> None:
         """See `Model.warmup`."""
         self.thinker.warmup()
+        if self.speech is not None:
+            self.speech.lm.warmup()
+            self.speech.frames.warmup()
 
     # -- laying a request out ----------------------------------------------------------------
 
     def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
         """See `Model.prepare`."""
         plan = self.planner.plan(inputs, params, outputs, self._check_length)
-        speaks, reads = plan.speech is not None, bool(plan.text)
-        for field, least, most in (
-            ("max_output_tokens", "min_tokens", None if reads else self._text_room(plan)),
-            ("talker_max_tokens", "talker_min_tokens", self._speech_room(plan) if speaks else None),
-        ):
-            for name in (field, least):
-                if most is not None and (params[name] or 0) > most:
-                    allowed = f"there is room for {most} after the prompt"
-                    raise InvalidRequest(name, params[name], allowed)
-        if reads and len(plan.speech.aloud) >= (limit := self._frames(plan, params)):
+        if not plan.text:
+            self._check_room("", self._text_room(plan), params)
+        if plan.speech is not None:
+            room, rows = self._speech_room(plan), len(plan.speech.user.ids)
+            if room < 1:
+                allowed = f"the Talker's KV cache holds {self.speech.lm.pool.capacity} tokens"
+                raise ContextTooLong("text", f"{rows} tokens of speech and text", allowed)
+            self._check_room("talker_", room, params)
+        if plan.text and len(plan.speech.aloud) >= (limit := self._frames(plan, params)):
             allowed = f"is {len(plan.speech.aloud)} tokens long, and speech has {limit} frames"
             raise ContextTooLong("text", inputs.text, allowed)
         return plan
+
+    def _check_room(self, prefix: str, room: int, params: dict[str, Any]) -> None:
+        most = "talker_max_tokens" if prefix else "max_output_tokens"
+        for name in (most, f"{prefix}min_tokens"):
+            if (params[name] or 0) > room:
+                allowed = f"there is room for {room} after the prompt"
+                raise InvalidRequest(name, params[name], allowed)
 
     def _check_length(self, field: str, segments: Sequence[Segment]) -> None:
         longest = self.config.thinker.text.max_position_embeddings
@@ -319,4 +329,6 @@ def _decoder(
         max_batch=setup.max_batch,
         token_budget=setup.token_budget,
         look_ahead=setup.look_ahead,
+        width=network.config.text.hidden_size if name == "talker" else 0,
+        fractions=True,
     )

@@ -117,7 +117,7 @@ class Planner:
         """
         speaker = self._speaker(params["voice"], "audio" in outputs)
         turns = self._turns(inputs, params["system"])
-        aloud = speaker is not None and self._reads_aloud(inputs, params["read_aloud"], outputs)
+        aloud = self._reads_aloud(inputs, params["read_aloud"], outputs)
         reader = Reader(self.config.thinker, params)
         media = [
             reader.read(part.kind, part.value)
@@ -182,6 +182,8 @@ class Planner:
         alone = inputs.text is not None and not (inputs.images or inputs.audio or inputs.video)
         if asked and not alone:
             raise InvalidRequest("read_aloud", True, "goes with text=, and with no media")
+        if asked and "audio" not in outputs:
+            raise InvalidRequest("read_aloud", True, "goes with output_modalities=('audio',)")
         return (alone and "text" not in outputs) if asked is None else asked
 
     def _spans(self, segments: Sequence[Segment], media: Sequence[Material]) -> list[PromptSpan]:

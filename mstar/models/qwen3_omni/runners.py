@@ -9,23 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mstar.engine.kernels.staging import to_device
-from mstar.engine.sampler import Sampler
-from mstar.engine.sampling import SamplerState
 from mstar.models.qwen3_omni.material import Material
 from mstar.models.qwen3_omni.networks import Omni
 from mstar.models.qwen3_omni.pixels import normalised
 from mstar.models.qwen3_omni.vocoder import Vocoder, VocoderStream
 
-__all__ = [
-    "Frame",
-    "FrameJob",
-    "VocoderJob",
-    "audio_runner",
-    "frame_runner",
-    "vision_runner",
-    "vocoder_runner",
-]
+__all__ = ["VocoderJob", "audio_runner", "vision_runner", "vocoder_runner"]
 
 
 def vision_runner(omni: Omni, device: torch.device) -> Callable[[list[Material]], list[Tensor]]:
@@ -58,56 +47,6 @@ def _parts(rows: Tensor, counts: list[int]) -> list[Tensor]:
     """The rows of each medium, in memory of their own, since they are kept for different times."""
     parts = rows.split(counts)
     return [part.clone() for part in parts] if len(parts) > 1 else list(parts)
-
-
-@dataclass(frozen=True, eq=False)
-class FrameJob:
-    """Complete a frame.
-
-    Args:
-        hidden: the Talker's normed hidden state from which the first code came, `[1, hidden]`.
-        code: the first code.
-        text: the token that is to be said with the next frame.
-        sampler: of the other codes, of this stream.
-    """
-
-    hidden: Tensor
-    code: int
-    text: int
-    sampler: SamplerState
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """Codes int64 `[groups]`, and inputs `[1, hidden]` of the Talker's next step."""
-
-    codes: Tensor
-    inputs: Tensor
-
-
-def frame_runner(omni: Omni, sampler: Sampler) -> Callable[[list[FrameJob]], list[Frame]]:
-    """The code predictor, and what it makes of a frame is fed to the Talker next."""
-    talker, thinker = omni.talker, omni.thinker
-
-    def run(jobs: list[FrameJob]) -> list[Frame]:
-        states = [job.sampler for job in jobs]
-        greedy = all(state.params.temperature == 0 for state in states)
-
-        def choose(scores: Tensor) -> Tensor:
-            if greedy:
-                return scores.argmax(-1)
-            return sampler.sample(scores, states).clamp_min(0)
-
-        hidden = torch.cat([job.hidden for job in jobs])
-        numbers = [job.code for job in jobs] + [job.text for job in jobs]
-        first, said = to_device(numbers, torch.int64, hidden.device).view(2, -1)
-        rest = talker.code_predictor(hidden, talker.embed(first), choose)
-        codes = torch.cat([first[:, None], rest], 1)
-        text = talker.text_projection(thinker.rows(said))
-        inputs = talker.frame_inputs(codes, text)
-        return [Frame(codes[i], inputs[i : i + 1]) for i in range(len(jobs))]
-
-    return run
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,14 +20,14 @@ from mstar.engine.kvcache import KVCache
 from mstar.engine.lm import LanguageModel
 from mstar.engine.node import Node
 from mstar.engine.request import Request
-from mstar.engine.sampler import Sampler
 from mstar.engine.sampling import SamplerState, SamplingParams, mix
 from mstar.engine.spans import Span, Step
 from mstar.engine.traps import spawn
+from mstar.models.qwen3_omni.frames import Frame, FrameJob, Frames
 from mstar.models.qwen3_omni.networks import Omni
 from mstar.models.qwen3_omni.plan import SpeechPlan
 from mstar.models.qwen3_omni.positions import offset_of
-from mstar.models.qwen3_omni.runners import Frame, FrameJob, VocoderJob
+from mstar.models.qwen3_omni.runners import VocoderJob
 from mstar.models.qwen3_omni.speech import OPENING, Speaker
 from mstar.models.qwen3_omni.vocoder import SAMPLE_RATE, Vocoder
 
@@ -110,15 +110,15 @@ class Speech:
 
     Args:
         lm: the Talker, as a language model of codes.
-        frame: node that completes frames.
-        sampler: of the other codes of a frame.
+        frames: what completes frames.
+        frame: its node.
         sound: node of the vocoder.
     """
 
     omni: Omni
     lm: LanguageModel
+    frames: Frames
     frame: Node
-    sampler: Sampler
     vocoder: Vocoder
     sound: Node
     speaker: Speaker
@@ -133,6 +133,9 @@ class Speech:
         states: HiddenStates,
     ) -> str:
         """Say the tokens of a text; nothing if there is none.
+
+        With look-ahead, a frame is completed and the next step is launched before it is known
+        whether the code was the end.
 
         Args:
             limit: most frames, the end counted.
@@ -149,28 +152,30 @@ class Speech:
         frames = Channel()
         sound = spawn(self._hear(request, frames))
         codes = self.lm.sampler.open(talker_sampling(params, seed, limit, end), ())
-        others = self.sampler.open(_predictor_sampling(params, seed), ())
+        others = self.frames.open(_predictor_sampling(params, seed))
         try:
             with self.lm.open_cache() as kv:
                 step = await self._prefill(kv, plan, first, states, codes)
                 for count in range(1, limit + 1):
-                    if (code := step.token) == end:
-                        break
-                    request.usage.generated_tokens += 1
-                    if count == limit:  # the last one is not completed, as published
+                    ended = None if self.lm.look_ahead and count < limit else step.token == end
+                    if ended or count == limit:  # the last one is not completed, as published
                         break
                     text = await anext(tokens, None)
                     if text is None:
                         text, after = after, self.omni.config.tts_pad_token_id
-                    frame: Frame = await self.frame(FrameJob(step.hidden, code, text, others))
+                    frame: Frame = await self.frame(FrameJob(step, text, others))
+                    following = await self.lm(Span(kv, frame.inputs, 1, sampler=codes, hidden=True))
+                    if ended is None and step.token == end:  # then these two were for nothing
+                        ended = True
+                        break
                     frames.send(frame.codes)
-                    step = await self.lm(Span(kv, frame.inputs, 1, sampler=codes, hidden=True))
+                    request.usage.generated_tokens += 1
+                    step = following
         finally:
             self.lm.sampler.close(codes)
-            self.sampler.close(others)
         frames.close()
         await sound
-        return "stop" if code == end else "length"
+        return "stop" if ended else "length"
 
     async def _prefill(
         self, kv: KVCache, plan: SpeechPlan, first: int, states: HiddenStates, sampler: SamplerState

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mstar.engine.kernels.snake import snake
 from mstar.engine.layers.linear import linear
 from mstar.engine.weights import Source
 from mstar.models.qwen3_omni.sizes import VocoderConfig
@@ -184,8 +185,7 @@ class _Snake(nn.Module):
         self.inverse = nn.Parameter(torch.empty(width))  # 1 / (β + 1e-9)
 
     def forward(self, x: Tensor) -> Tensor:
-        wave = torch.mul(x, self.alpha[:, None]).sin_().square_()
-        return wave.mul_(self.inverse[:, None]).add_(x)
+        return snake(x, self.alpha, self.inverse, dim=1)
 
 
 class _ConvNeXt(nn.Module):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 from qwen_asking import CASES, image_of, request_of, sound_of, video_of
+from test_qwen_media import film
 
 from mstar import ContextTooLong, Engine, InvalidRequest
 
@@ -39,6 +40,7 @@ BAD = [
     ({"text": "x", "voice": "alloy"}, "voice", "one of Aiden, Chelsie, Ethan"),
     ({"text": "x", "voice": "alloy", **SPOKEN}, "voice", "one of Aiden, Chelsie, Ethan"),
     ({"text": "x", "audio": SECOND, "read_aloud": True, **SPOKEN}, "read_aloud", "no media"),
+    ({"text": "x", "read_aloud": True}, "read_aloud", "goes with output_modalities"),
     ({**user(text("x"), role="system"), "system": "y"}, "system", "a system turn already"),
     ({"text": "x", "audio": b""}, "audio", "no audio"),
     ({"text": "x", "audio": b"RIFF and so on"}, "audio", ""),
@@ -66,6 +68,7 @@ LONG = [
     ({"text": "x", "audio": (np.zeros(16000 * 200, np.float32), 16000)}, "audio", "KV cache"),
     ({"text": "x", "images": [image_of(1)] * 90, "min_pixels": 65536}, "images", "KV cache"),
     (user(text("word " * 3000)), "messages", "KV cache"),
+    ({"text": "word " * 509, **SPOKEN}, "text", "the Talker's KV cache"),
     ({"text": "word " * 40, "output_modalities": ("audio",), "talker_max_tokens": 9}, "text", "9"),
 ]
 
@@ -131,6 +134,27 @@ def test_one_frame_is_a_video(engine):
     asked = request_of(4)
     asked["messages"][0]["content"][0]["video"] = video_of(4)[:1]
     assert engine.generate(**asked).usage.image_tokens == 4
+
+
+def test_a_film_is_seen_and_if_asked_for_heard(engine):
+    """3.7 seconds: 6 of 37 frames at 1.62 a second, 3 times of 4 tokens; and 2 seconds of sound."""
+    size = {"video_min_pixels": 4096, "video_max_pixels": 4096}
+    asked = {"text": "What do you see?", "video": film(sound=2), **size}
+    silent, sounding, mute = engine.generate_batch(
+        [
+            asked,
+            {**asked, "use_audio_in_video": True},
+            {**asked, "video": film(), "use_audio_in_video": True},
+        ]
+    )
+    tokens = engine.model.omni.audio.config.tokens
+    assert silent.usage.image_tokens == sounding.usage.image_tokens == 12
+    more = sounding.usage.prompt_tokens - silent.usage.prompt_tokens
+    assert tokens(200) <= more - 2 <= tokens(210)  # the codec may pad; two marks
+    assert mute.text == silent.text
+    assert mute.usage.prompt_tokens == silent.usage.prompt_tokens
+    (short,) = engine.generate_batch([{**asked, "fps": 0.5, "min_frames": 2}])
+    assert short.usage.image_tokens == 4
 
 
 def test_marks_in_a_text_are_no_media(engine):

@@ -19,6 +19,7 @@ from qwen_asking import (
     sound_of,
     video_of,
 )
+from qwen_loop import TINY
 
 from mstar import Engine, InvalidRequest, RequestCancelled
 from mstar.models.base import Inputs
@@ -90,6 +91,12 @@ def test_sound_comes_while_the_text_is_still_written(engine):
     assert [len(chunk) for chunk in chunks[1:-2]] == [4 * frame, 8 * frame]
     assert_same_sound(np.concatenate(chunks), engine.generate(**request_of(0, **SPOKEN)).audio.pcm)
     assert events[-1].finish_reason == "stop"
+
+
+def test_the_answer_may_be_heard_alone(engine):
+    result = engine.generate(**request_of(1, **SPOKEN | {"output_modalities": ("audio",)}))
+    assert result.text == ""
+    assert len(result.audio.pcm) == CASES[1]["samples"]
 
 
 def test_streamed_sound_is_that_of_one_decoding(engine):
@@ -326,6 +333,14 @@ def test_bfloat16_says_the_same():
         result = engine.generate(**request_of(1, **SPOKEN))
     assert result.text == CASES[1]["response"]
     assert len(result.audio.pcm) == CASES[1]["samples"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_is_served(named):
+    model = {"model": "qwen3_omni", "weights": TINY} if named else {"model": TINY}
+    with Engine(**model) as engine:
+        assert engine.card.name == "qwen3_omni"
+        assert engine.generate(**request_of(0)).text == CASES[0]["response"]
 
 
 def test_dummy_weights_run_everything():

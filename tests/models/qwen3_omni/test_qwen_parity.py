@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from qwen_loop import TINY
 from torch import nn
 
+from mstar import Engine
 from mstar.engine.layers.attention import GrowingContext
-from mstar.models.qwen3_omni.mel import mel_filters
+from mstar.models.base import Inputs
+from mstar.models.qwen3_omni.card import PARAMETERS
+from mstar.models.qwen3_omni.mel import log_mel, mel_filters
 from mstar.models.qwen3_omni.networks import load_networks
+from mstar.models.qwen3_omni.pixels import normalised
 from mstar.models.qwen3_omni.prompt import Heard, Pictured, lay_out_pieces
 from mstar.models.qwen3_omni.vision import Grid
+from mstar.models.qwen3_omni.visuals import read_picture
 
 theirs = pytest.importorskip("transformers.models.qwen3_omni_moe")
 
@@ -65,6 +72,8 @@ def both(request, tmp_path_factory):
         elif "norm" not in name:
             nn.init.normal_(parameter, std=0.3)
     reference.save_pretrained(folder)
+    shutil.copy(TINY / "tokenizer.json", folder)
+    reference.folder = folder
     return reference, load_networks(folder, device="cpu", dtype=torch.float32)
 
 
@@ -232,3 +241,48 @@ def test_positions_of_random_prompts(seed, index, loop):
     torch.testing.assert_close(found, expected[:, 0], atol=1e-5, rtol=0)  # an ulp or two
     whole = (found == found.floor()).all(0)
     assert torch.equal(found[:, whole], expected[:, 0, whole])
+
+
+@pytest.fixture(scope="module")
+def engine(both):
+    with Engine(both[0].folder) as engine:
+        yield engine
+
+
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
+@pytest.mark.parametrize("kind", ["text", "image", "audio"])
+def test_whole_requests_through_the_engine(both, engine, kind):
+    """Text and samples, of prompts with an image and a sound of odd sizes."""
+    reference, own = both
+    config, rng = own.omni.config, np.random.default_rng(3)
+    media, given = {}, {}
+    if kind == "image":
+        media = {"images": [rng.integers(0, 256, (45, 101, 3), np.uint8)]}
+        seen = read_picture(media["images"][0], config.thinker.vision)
+        given["pixel_values"] = normalised(seen.patches)
+        given["image_grid_thw"] = torch.tensor([seen.grid])
+    if kind == "audio":
+        clip = rng.standard_normal(9001).astype(np.float32) / 8
+        media = {"audio": [(clip, 16000)]}
+        given["input_features"] = log_mel(clip)[None]
+        frames = given["input_features"].shape[2]
+        given["feature_attention_mask"] = torch.ones(1, frames, dtype=torch.long)
+    params = {"max_tokens": 7, "talker_max_tokens": 9, "talker_temperature": 0.0}
+    outputs = ("text", "audio")
+    found = engine.generate(text="Hello", **media, output_modalities=outputs, **params)
+    plan = engine.model.prepare(Inputs(text="Hello", **media), PARAMETERS.validate({}), outputs)
+    prompt = torch.tensor([plan.ids])
+    written, waves = reference.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        thinker_max_new_tokens=7,
+        thinker_eos_token_id=config.im_end_token_id,
+        talker_do_sample=False,
+        talker_max_new_tokens=9,
+        **given,
+    )
+    answer = written[0, prompt.shape[1] :].tolist()
+    assert found.text == engine.model.tokenizer.decode(answer)
+    expected = (waves[0].flatten().numpy() * np.float32(32767)).astype(np.int16)
+    assert found.audio.pcm.shape == expected.shape
+    assert np.abs(found.audio.pcm.astype(int) - expected).max() <= 8
