@@ -18,6 +18,7 @@ import torch
 from mstar.client import GenerateMethods
 from mstar.engine.handle import Handle
 from mstar.engine.listening import merged
+from mstar.engine.memory import memory_stats
 from mstar.engine.request import Request
 from mstar.engine.service import Service
 from mstar.engine.stats import node_stats
@@ -314,7 +315,8 @@ class Engine(GenerateMethods):
         return {"seconds": time.perf_counter() - began}
 
     def stats(self) -> dict[str, Any]:
-        """Counts and timings since the start: requests, nodes, KV caches, tokens, latencies.
+        """Counts and timings since the start, and bytes: requests, nodes, KV caches, tokens,
+        latencies, memory.
 
         Raises:
             EngineClosed: the engine was closed or has died.
@@ -333,6 +335,9 @@ class Engine(GenerateMethods):
             "tokens": recorder.tokens(),
             "latency": recorder.latency(),
             "nodes": {node.name: node_stats(node) for node in self.model.nodes},
+            "memory": memory_stats(
+                self.device, self.model.networks, self.model.nodes, self.model.features
+            ),
         }
 
     def health(self) -> dict[str, str]:

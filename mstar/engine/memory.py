@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
+from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.kvcache import KVLayout
+from mstar.engine.node import Node
 
-__all__ = ["free_bytes", "is_out_of_memory", "kv_tokens_for"]
+__all__ = ["free_bytes", "is_out_of_memory", "kv_tokens_for", "memory_stats"]
 
 
 def free_bytes(device: torch.device) -> int:
@@ -44,3 +48,35 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def memory_stats(
+    device: torch.device,
+    networks: Iterable[nn.Module],
+    nodes: Iterable[Node],
+    features: FeatureCache | None,
+) -> dict[str, int]:
+    """Bytes by what they hold.
+
+    Returns:
+        `weights`, `kv_cache` and `features` (encoded media that are kept); on a GPU also `other`
+        (graphs and workspace), all that the process has taken there (`reserved`), and `free`.
+    """
+    weights = [x for net in networks for x in (*net.parameters(), *net.buffers())]
+    pools = [node.pool.tensor for node in nodes if getattr(node, "pool", None) is not None]
+    stats = {
+        "weights": _bytes(weights),
+        "kv_cache": _bytes(pools),
+        "features": 0 if features is None else features.bytes,
+    }
+    if device.type == "cuda":
+        stats["other"] = torch.cuda.memory_allocated(device) - sum(stats.values())
+        stats["reserved"] = torch.cuda.memory_reserved(device)
+        stats["free"] = free_bytes(device)
+    return stats
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their memory; what several share counts once."""
+    storages = (x.untyped_storage() for x in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

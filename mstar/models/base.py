@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.node import Node
 from mstar.engine.request import Request
 
@@ -81,6 +82,7 @@ class Model:
 
     sample_rate: int | None = None  # of the audio it makes, in Hz
     networks: Sequence[nn.Module] = ()
+    features: FeatureCache | None = None  # encoded media that it keeps
     options: Sequence[str] = ()  # names of those that `Setup.options` may hold
 
     @classmethod

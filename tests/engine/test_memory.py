@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
+from mstar import Engine
+from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.kvcache import KVLayout
-from mstar.engine.memory import free_bytes, is_out_of_memory, kv_tokens_for
+from mstar.engine.memory import free_bytes, is_out_of_memory, kv_tokens_for, memory_stats
+from mstar.engine.node import Node
 
 CPU = torch.device("cpu")
 
@@ -37,3 +41,20 @@ def test_the_cache_takes_a_share_of_the_free_memory_and_no_more_than_is_of_use()
 )
 def test_only_a_lack_of_memory_is_worth_a_smaller_batch(error, answer):
     assert is_out_of_memory(error) is answer
+
+
+def test_what_is_shared_counts_once():
+    table, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+    head.weight = table.weight
+    cache = FeatureCache(1000)
+    cache.put("a", torch.zeros(5))
+    stats = memory_stats(CPU, [table, head], [Node("plain", list)], cache)
+    assert stats == {"weights": 160, "kv_cache": 0, "features": 20}
+
+
+def test_an_engine_tells_what_its_memory_holds():
+    with Engine("bagel-tiny", kv_tokens=1024) as engine:
+        found = engine.stats()["memory"]
+        parts = engine.model.networks
+        assert found["weights"] == sum(p.nbytes for net in parts for p in net.parameters())
+        assert found["kv_cache"] == engine.model.lm.pool.tensor.nbytes
