@@ -70,7 +70,7 @@ def test_offline_and_not_cached_says_what_to_do(cache, tmp_path):
 
 
 def test_a_file_elsewhere_is_for_the_user_to_download():
-    with pytest.raises(ModelNotFound, match="download it and give its file as weights"):
+    with pytest.raises(ModelNotFound, match="download it, then give its file"):
         resolve("https://example.org/model.pt", patterns=["*"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 import weakref
 
@@ -85,7 +86,7 @@ def test_a_loop_that_has_news_for_hundreds_still_does_other_things_between_them(
 
     asyncio.run(main())
     assert sorted(resumed) == list(range(200))
-    assert max(b - a for a, b in zip(ticks, ticks[1:], strict=False)) <= 16
+    assert max(b - a for a, b in itertools.pairwise(ticks)) <= 16
 
 
 def test_news_from_many_threads_wake_everyone():

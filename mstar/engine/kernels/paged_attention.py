@@ -18,11 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import use_triton
+from mstar.engine.kernels.onednn import has_onednn, product
 from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch, PagedSpan
 from mstar.engine.kernels.paged_decode import paged_decode_triton
 from mstar.engine.kernels.paged_extend import paged_extend_triton
 
 __all__ = ["paged_attention", "paged_attention_torch", "paged_attention_triton"]
+
+_SPAN = 32  # new tokens from which on products of their own beat the fused call
+_SCORES = 1 << 19  # computed at a time: they stay in the cache of a core
 
 
 def paged_attention(
@@ -82,6 +86,10 @@ def paged_attention_torch(
         if span.query_len == 1:
             outputs.append(_decode(rows, [span], keys, values, scale))
             continue
+        plain = span.query_len >= _SPAN and not (span.masked or span.is_causal)
+        if plain and has_onednn(q):
+            outputs.append(_see_all(rows, keys.of(span), values.of(span), scale))
+            continue
         out = F.scaled_dot_product_attention(
             rows.transpose(0, 1).unsqueeze(0),
             keys.of(span).unsqueeze(0),
@@ -93,6 +101,26 @@ def paged_attention_torch(
         )
         outputs.append(out[0].transpose(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _see_all(rows: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Full attention of one sequence's new tokens ``[n, heads, dim]``, float32, over all its keys
+    ``[kv_heads, kv_len, dim]``, one kv head and some rows at a time.
+
+    On an AMD EPYC oneDNN's products take two thirds of the time of the fused call (one core, 12
+    heads of 64 over 4: 1026 x 1284 34 against 51 ms, 258 x 1567 12 against 20 ms).
+    """
+    tokens, heads, dim = rows.shape
+    groups, seen, _ = keys.shape
+    q = (rows * scale).view(tokens, groups, -1, dim).permute(1, 2, 0, 3).reshape(groups, -1, dim)
+    out = torch.empty_like(q)
+    for head in range(groups):
+        key, value = keys[head].contiguous(), values[head].t().contiguous()
+        for start in range(0, q.shape[1], max(1, _SCORES // seen)):
+            part = slice(start, start + max(1, _SCORES // seen))
+            weights = torch.softmax(product(q[head, part], key), -1)
+            out[head, part] = product(weights, value)
+    return out.view(groups, -1, tokens, dim).permute(2, 0, 1, 3).reshape(tokens, heads, dim)
 
 
 def _decode(

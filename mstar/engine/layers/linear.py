@@ -11,31 +11,21 @@ The last bits of a row may depend on how many rows there are: no library here pr
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.kernels.matvec import MOST_ROWS, matvec_choice, matvec_triton
+from mstar.engine.kernels.onednn import has_onednn, product
 
 __all__ = ["linear"]
 
 _LARGE = 1 << 17
-_onednn = (
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if torch.backends.mkldnn.is_available()
-    else None
-)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`[..., inputs]` and `[outputs, inputs]` to `[..., outputs]`."""
-    if (
-        _onednn is not None
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and weight.numel() >= _LARGE
-    ):
-        return _onednn(x, weight, bias, "none", [], "")
+    if weight.numel() >= _LARGE and has_onednn(x):
+        return product(x, weight, bias)
     if x.is_cuda and x.numel() <= MOST_ROWS * weight.shape[1]:
         choice = matvec_choice(x, weight)
         if choice is not None:

@@ -94,6 +94,11 @@ def params_of(
         elif fidelity != "low":
             raise unsupported("input_fidelity", fidelity, f"{card.name} has low only")
     params.values |= extras
+    params.words |= {
+        card.parameters[name].name: (name, value)
+        for name, value in extras.items()
+        if card.parameters[name].name != name
+    }
     try:
         params.whole = card.parameters.validate(params.values)
     except InvalidRequest as error:
@@ -132,7 +137,7 @@ def seeds_of(
 
 def _check_reserved(card: ModelCard, surface: ImagesSurface, extras: dict[str, Any]) -> None:
     """Parameters that OpenAI's fields speak for are not set beside them."""
-    taken = {surface.previews: "stream and partial_images", surface.mask: "mask"}
+    taken = {surface.previews: "stream and partial_images", surface.mask: "mask", "num_images": "n"}
     for name, value in extras.items():
         word = taken.get(card.parameters[name].name)
         if word is not None:

@@ -17,7 +17,7 @@ from mstar.engine.request import Request
 from mstar.engine.traps import gather
 from mstar.models.bagel.flow import Flow
 from mstar.models.bagel.guidance import UNGUIDED
-from mstar.models.bagel.plan import Plan
+from mstar.models.bagel.plan import Drawing, Plan
 from mstar.models.bagel.runners import Drawn
 from mstar.models.bagel.stepping import Draft, FlowCall
 from mstar.models.bagel.taylorseer import TaylorSeer
@@ -56,62 +56,64 @@ async def draw(
     Args:
         abreast: how many there is room for at a time.
     """
-    noise = plan.drawing.noise
-    for first in range(0, len(noise), abreast):
-        wave = range(first, min(first + abreast, len(noise)))
-        drawn = await gather(*(_image(studio, request, plan, branches, i) for i in wave))
+    grid, count = plan.drawing.grid, len(plan.drawing.noise)
+    easel = _Easel(studio, request, plan.drawing, branches)
+    for first in range(0, count, abreast):
+        wave = range(first, min(first + abreast, count))
+        drawn = await gather(*(easel.draw(index) for index in wave))
         for index, latents in zip(wave, drawn, strict=True):
             request.usage.generated_tokens += len(latents)
-            png = studio.decode(Drawn(plan.drawing.grid, latents))
+            png = studio.decode(Drawn(grid, latents))
             request.emit_image(png, index=index, seed=plan.seed, **plan.notes)
 
 
-async def _image(
-    studio: Studio, request: Request, plan: Plan, branches: Branches, index: int
-) -> Tensor:
-    """Latents float32 `[tokens, latent_dim]` of one image."""
-    drawing = plan.drawing
-    grid, guidance = drawing.grid, drawing.guidance
-    taylor = request.params["enable_taylorseer"]
-    with ExitStack() as stack:
+@dataclass(frozen=True)
+class _Easel:
+    """What all images of a request are drawn with."""
 
-        def draft(kv: KVCache | None, needed: bool) -> Draft | None:
-            if kv is None or not needed:
-                return None
-            return Draft(stack.enter_context(kv.fork()), TaylorSeer() if taylor else None)
+    studio: Studio
+    request: Request
+    drawing: Drawing
+    contexts: Branches
 
-        main = draft(branches.main, True)
-        text = draft(branches.text, drawing.is_guided)
-        image = draft(branches.image, drawing.is_guided and guidance.by_image)
-        latents = to_device(drawing.noise[index].numpy(), torch.float32, studio.lm.device)
-        for done, step in enumerate(drawing.steps, start=1):
-            drafts = (main, text, image) if step.guided else (main, None, None)
-            mixed = guidance if step.guided else UNGUIDED
-            call = FlowCall(grid, latents, step, drafts, mixed)
-            latents = await studio.flow(call)
-            await _tell(studio, request, len(drawing.steps), index, done, call, latents)
-    return latents
+    async def draw(self, index: int) -> Tensor:
+        """Latents float32 `[tokens, latent_dim]` of one image."""
+        drawing, contexts = self.drawing, self.contexts
+        taylor = self.request.params["enable_taylorseer"]
+        with ExitStack() as stack:
 
+            def draft(kv: KVCache | None, needed: bool) -> Draft | None:
+                if kv is None or not needed:
+                    return None
+                return Draft(stack.enter_context(kv.fork()), TaylorSeer() if taylor else None)
 
-async def _tell(
-    studio: Studio,
-    request: Request,
-    steps: int,
-    index: int,
-    done: int,
-    call: FlowCall,
-    moved: Tensor,
-) -> None:
-    """Tell the caller how far the image is, if that was asked for.
+            guided = drawing.is_guided
+            main = draft(contexts.main, True)
+            text = draft(contexts.text, guided)
+            image = draft(contexts.image, guided and drawing.guidance.by_image)
+            noise = drawing.noise[index].numpy()
+            latents = to_device(noise, torch.float32, self.studio.lm.device)
+            for done, step in enumerate(drawing.steps, start=1):
+                drafts = (main, text, image) if step.guided else (main, None, None)
+                mixed = drawing.guidance if step.guided else UNGUIDED
+                call = FlowCall(drawing.grid, latents, step, drafts, mixed)
+                latents = await self.studio.flow(call)
+                await self._tell(index, done, call, latents)
+        return latents
 
-    Whoever wants previews waits for them, so that they do not pile up before the images of others.
-    """
-    every = request.params["preview_every"]
-    if every and done % every == 0 and done < steps:
-        # The flow is straight: from here it would end at x - t * velocity.
-        velocity = (call.latents - moved) / call.step.dt
-        end = moved - (call.step.t - call.step.dt) * velocity
-        preview = await studio.decode(Drawn(call.grid, end))
-        request.emit_progress(done, steps, preview, index=index)
-    elif request.params["progress"]:
-        request.emit_progress(done, steps, index=index)
+    async def _tell(self, index: int, done: int, call: FlowCall, moved: Tensor) -> None:
+        """Tell the caller how far the image is, if that was asked for.
+
+        Whoever wants previews waits for them, so that they do not pile up before the images of
+        others.
+        """
+        params, steps = self.request.params, len(self.drawing.steps)
+        every = params["preview_every"]
+        if every and done % every == 0 and done < steps:
+            # The flow is straight: from here it would end at x - t * velocity.
+            velocity = (call.latents - moved) / call.step.dt
+            end = moved - (call.step.t - call.step.dt) * velocity
+            preview = await self.studio.decode(Drawn(call.grid, end))
+            self.request.emit_progress(done, steps, preview, index=index)
+        elif params["progress"]:
+            self.request.emit_progress(done, steps, index=index)

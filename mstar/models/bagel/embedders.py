@@ -66,7 +66,8 @@ class LatentEmbedder(nn.Module):
         if latents.shape[-2] != len(positions):
             raise ValueError(f"{latents.shape[-2]} latent tokens for a grid {height} x {width}")
         weight = self.vae2llm.weight
-        t = torch.as_tensor(t, dtype=torch.float32, device=weight.device)
+        if not isinstance(t, Tensor):
+            t = torch.full((), t, device=weight.device)  # made there: a copy would be waited for
         x = linear(latents.to(weight.dtype), weight, self.vae2llm.bias)
         return x + (self.time_embedder(t).unsqueeze(-2) + positions)
 

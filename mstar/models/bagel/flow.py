@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import product
 
 import torch
@@ -37,13 +37,13 @@ class Flow(Node):
     def __init__(self, stepper: Stepper, budget: int) -> None:
         super().__init__("flow", self._run)
         self.stepper = stepper
-        self.pool = stepper.pool
+        self._pool = stepper.pool
         self.budget = budget
         self._launched: deque[torch.cuda.Event] = deque()
 
     def bind(self, schedule: Callable[[Node], None]) -> None:
         """Tell whom to notify when calls that waited for pages may go on."""
-        self.pool.on_release.append(lambda: self._only and schedule(self))
+        self._pool.on_release.append(lambda: self._only and schedule(self))
 
     def enqueue(self, call: Call) -> None:
         """See `Node.enqueue`."""
@@ -54,10 +54,11 @@ class Flow(Node):
         """See `Node.withdrawn`. Its sequences are idle now: others may take their pages."""
         if call in self._only:
             self._remove(call)
-            self.pool.released()
+            self._pool.released()
 
     def take(self) -> list[Call]:
-        """The next batch: sizes take turns, eldest requests come first, pages are reserved."""
+        """The next batch, with its pages reserved: sizes take turns, and so do images where not
+        all of them go together."""
         for grid in dict.fromkeys(call.payload.grid for call in self._only):
             batch = self._of_size(grid)
             for call in batch:
@@ -72,22 +73,20 @@ class Flow(Node):
         if self.stepper.captured is None:
             return
         rows = grid[0] * grid[1]
-        still = torch.zeros(rows, self.stepper.bagel.config.patch_latent_dim)
-        still = still.to(self.pool.tensor.device)
+        dim = self.stepper.bagel.config.patch_latent_dim
+        still = torch.zeros(rows, dim, device=self._pool.tensor.device)
         most = max(1, self.budget // (2 * (rows + 2)))
-        for images, branches in [*product(range(1, most + 1), (2, 1)), (1, 3)]:
-            with ExitStack() as stack:
-                context = stack.enter_context(self.pool.open())
+        for images, branches in [*product(range(most, 0, -1), (2, 1)), (1, 3)]:
+            # What does not fit will never be drawn together.
+            with suppress(PagesExhausted), ExitStack() as stack:
+                context = stack.enter_context(self._pool.open())
                 calls = []
                 for _ in range(images):
                     drafts = [Draft(stack.enter_context(context.fork())) for _ in range(branches)]
+                    for draft in drafts:
+                        draft.kv.reserve(rows + 2, set())
                     padded = (*drafts, *[None] * (3 - branches))
                     calls.append(FlowCall(grid, still, FlowStep(1.0, 1.0, False), padded, UNGUIDED))
-                    try:
-                        for draft in drafts:
-                            draft.kv.reserve(calls[0].tokens, set())
-                    except PagesExhausted:  # so many will never be drawn together
-                        return
                 self._run(calls)
 
     # -- inside --------------------------------------------------------------------------------
@@ -99,21 +98,19 @@ class Flow(Node):
     def _of_size(self, grid: Grid) -> list[Call]:
         batch: list[Call] = []
         busy: set[KVGroup] = set()
-        room, starved = self.budget, False
-        calls = [call for call in self._only if call.payload.grid == grid]
-        for call in sorted(calls, key=lambda call: _group(call).age):
+        room = self.budget
+        for call in [call for call in self._only if call.payload.grid == grid]:
             asked: FlowCall = call.payload
             size = len(asked.branches) * asked.tokens
-            if (batch and size > room) or (starved and not self._has_pages(asked)):
+            if batch and size > room:
                 continue
             try:
                 for draft in asked.branches:
                     draft.kv.reserve(asked.tokens, busy)
             except Exception as error:
                 exhausted = isinstance(error, PagesExhausted)
-                starved = starved or exhausted
-                if batch or (exhausted and not self.pool.is_alone(_group(call))):
-                    continue  # it waits
+                if batch or (exhausted and not self._pool.is_alone(_group(call))):
+                    continue  # it waits, and will be the first in line
                 return [call]  # it never fits: `_run` says so
             busy.add(_group(call))
             batch.append(call)
@@ -123,7 +120,7 @@ class Flow(Node):
     def _has_pages(self, call: FlowCall) -> bool:
         return all(
             not draft.kv.group.is_out
-            and self.pool.pages_for(draft.kv.length + call.tokens) <= len(draft.kv.pages)
+            and self._pool.pages_for(draft.kv.length + call.tokens) <= len(draft.kv.pages)
             for draft in call.branches
         )
 
@@ -131,17 +128,17 @@ class Flow(Node):
         for call in calls:
             if not self._has_pages(call):
                 raise OutOfMemory(
-                    f"the KV cache holds {self.pool.capacity} tokens, too few for the "
+                    f"the KV cache holds {self._pool.capacity} tokens, too few for the "
                     f"{len(call.branches)} contexts of an image of {call.tokens}"
                 )
         moved = list(self._in_pace(calls))
-        self.pool.released()  # the sequences are idle now: calls of another node may want pages
+        self._pool.released()  # the sequences are idle now: calls of another node may want pages
         return moved
 
     def _in_pace(self, calls: list[FlowCall]) -> Tensor:
         """A GPU gets steps no faster than it takes them: who comes in later is to join soon, and
         progress is to be true."""
-        if not self.pool.tensor.is_cuda:
+        if not self._pool.tensor.is_cuda:
             return self.stepper.run(calls)
         if len(self._launched) == _AHEAD:
             self._launched.popleft().synchronize()

@@ -13,6 +13,7 @@ from torch import Tensor
 from mstar.engine.captured import record
 from mstar.engine.content import media_content
 from mstar.engine.feature_cache import FeatureCache
+from mstar.engine.kernels.staging import to_device
 from mstar.engine.kvcache import KVCache, KVPool
 from mstar.engine.lm import LanguageModel
 from mstar.engine.memory import kv_tokens_for
@@ -40,6 +41,9 @@ __all__ = ["Bagel"]
 
 # Most drafts of the largest image in one batch of the decoder.
 _DRAFTS = 8
+# Most tokens of a step of the flow on a CPU, so that layers leave each other their results in its
+# cache (measured on an AMD EPYC: 2,064 tokens take 1.1 times as long as twice 1,032).
+_CPU_TOKENS = 1200
 _FEATURES = 256 << 20  # bytes of encoded images that are kept
 
 
@@ -72,7 +76,7 @@ class Bagel(Model):
         )
         on_gpu = lm.device.type == "cuda"
         stepper = Stepper(bagel, lm.pool, self.marks, record() if on_gpu else None)
-        self.flow = Flow(stepper, budget=lm.span_budget)
+        self.flow = Flow(stepper, budget=lm.span_budget if on_gpu else _CPU_TOKENS)
         self.decode = Node(
             "decode",
             decode_runner(autoencoder, self.config.latent_patch_size),
@@ -225,7 +229,8 @@ class Bagel(Model):
             found = await self.encode(picture)
             self.features.put(key, *found)
         mean, logvar = found
-        latent = self.autoencoder.latent(mean, logvar, eps[0].to(mean.device))
+        eps = to_device(eps[0].numpy(), torch.float32, mean.device)
+        latent = self.autoencoder.latent(mean, logvar, eps)
         latents = patchify(latent, self.config.latent_patch_size)
         return torch.cat([self.bagel.latent_tokens(latents, 0.0, *grid), self.marks])
 

@@ -127,18 +127,17 @@ class Planner:
 
     def _check_of_use(self, params: dict[str, Any], draws: bool, think: bool) -> None:
         """Refuse parameters that were set and that this request has no use for."""
-        useless = [] if draws else list(OF_IMAGES)
-        if draws and not think:
-            useless += OF_TEXT
-        if not (draws and think):
-            useless.append("max_think_tokens")
+        if not draws:
+            useless = (*OF_IMAGES, "max_think_tokens")
+            why = "text is asked for, and this is for images: output_modalities=('image',)"
+        elif not think:
+            useless, why = OF_TEXT, "an image is asked for, and this is for a thought before it"
+        else:
+            useless, why = ("max_output_tokens",), "a thought is asked for: use max_think_tokens"
         for name in useless:
             value, usual = params[name], PARAMETERS[name].default
             if value is not None and (usual is None or value != usual):
-                how = "an image" if draws else "text"
-                wants = "a thought before it" if draws else "images: output_modalities=('image',)"
-                allowed = f"{how} is asked for, and this is for {wants}"
-                raise InvalidRequest(name, str(value)[:80], allowed)
+                raise InvalidRequest(name, str(value)[:80], why)
 
     def _eps(
         self, pictures: list[Picture], given: list[Any] | None, generator: torch.Generator

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mstar.engine.kernels.staging import to_device
 from mstar.models.bagel.autoencoder import Autoencoder
 from mstar.models.bagel.networks import Bagel
 from mstar.models.bagel.pictures import Picture
@@ -30,8 +31,11 @@ def vision_runner(bagel: Bagel, device: torch.device) -> Callable[[list[Picture]
     dtype = bagel.latents.vae2llm.weight.dtype
 
     def run(pictures: list[Picture]) -> list[Tensor]:
-        patches = torch.cat([picture.patches for picture in pictures]).to(device, dtype)
-        tokens = bagel.image_tokens(patches, [picture.grid for picture in pictures])
+        patches = torch.cat([picture.patches for picture in pictures]).numpy()
+        tokens = bagel.image_tokens(
+            to_device(patches, torch.float32, device).to(dtype),
+            [picture.grid for picture in pictures],
+        )
         parts = tokens.split([len(picture.patches) for picture in pictures])
         return [part.clone() for part in parts] if len(parts) > 1 else list(parts)
 
@@ -44,8 +48,8 @@ def encode_runner(
     """Pictures of one size -> mean and log-variance of their latents, each `[z, height, width]`."""
 
     def run(pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
-        pixels = torch.stack([picture.pixels for picture in pictures]).to(device)
-        mean, logvar = autoencoder.encode(pixels)
+        pixels = torch.stack([picture.pixels for picture in pictures]).numpy()
+        mean, logvar = autoencoder.encode(to_device(pixels, torch.float32, device))
         return [(m.clone(), v.clone()) for m, v in zip(mean, logvar, strict=True)]
 
     return run

@@ -114,7 +114,8 @@ class Stepper:
             branches.view(3, -1),
         )
         kvs = [draft.kv for _, draft in due]
-        if self.captured is not None and all(draft.seer is None for _, draft in drafts):
+        guesses = any(draft.seer is not None for _, draft in drafts)
+        if self.captured is not None and not guesses:
             pages = self._pages(kvs)
             (moved,) = self.captured.run(self._step(grid), *inputs, pages, key=grid)
             return moved.clone()
@@ -123,7 +124,7 @@ class Stepper:
         if due:
             context = self._context(kvs, len(calls[0].latents))
             states = self._hidden(grid, latents, times, image, position, context)
-        if len(due) < len(drafts) or any(draft.seer is not None for _, draft in drafts):
+        if guesses:
             found = iter(states)
             states = torch.stack([_seen(draft, found) for _, draft in drafts])
         return guided_euler(latents, self.bagel.velocity(states), places, table)

@@ -37,6 +37,8 @@ CASES = [
     Case("group-of-3", [(19, 40, True), (1, 21, True)], heads=6, head_dim=32, page_size=16),
     Case("decode-group-of-3", [(1, 40, True), (1, 21, True)], heads=6, head_dim=32, page_size=1),
     Case("odd-dim", [(6, 13, True), (4, 4, False)], head_dim=20),
+    Case("wide", [(35, 47, False), (32, 32, False), (1, 9, True)], heads=6),
+    Case("wide-views", [(33, 50, False)], head_dim=20, consecutive=True),
     Case("shared", [(1, 9, True), (1, 9, True), (3, 9, True)], shared={1: 0, 2: 0}),
 ]
 

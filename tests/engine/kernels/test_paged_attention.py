@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import CASES, Case, make_case, reference
 
+from mstar.engine.kernels import paged_attention as module
 from mstar.engine.kernels.paged_attention import paged_attention, paged_attention_triton
 from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
 from mstar.engine.kernels.paged_decode import paged_decode_triton
@@ -25,6 +26,17 @@ def test_matches_the_reference(case: Case, dtype: torch.dtype) -> None:
     assert out.shape == q.shape
     expected = reference(q, k, v, batch, scale)
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_full_attention_does_not_depend_on_how_many_rows_are_computed_at_a_time(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in CASES if case.name == "wide")
+    q, k, v, batch, scale = make_case(case, torch.float32)
+    monkeypatch.setattr(module, "_SCORES", rows * 47)
+    out = paged_attention(q, k, v, batch, scale)
+    torch.testing.assert_close(out.double(), reference(q, k, v, batch, scale), atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

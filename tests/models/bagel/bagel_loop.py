@@ -1,6 +1,7 @@
 """BAGEL as plain loops over its networks: one branch after another, one request at a time.
 
-What the goldens were made with, in the fewest words. `seen` collects what they hold.
+What the goldens were made with, in the fewest words. `seen` collects what they hold, unless `watch`
+is off: then nothing is computed for it alone.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Loop:
         self.bagel, self.autoencoder, self.tokenizer = bagel, autoencoder, tokenizer
         self.decoder = bagel.decoder
         self.p = bagel.config.latent_patch_size
+        self.device = bagel.latents.vae2llm.weight.device
+        self.watch = True
         self.begin()
 
     @classmethod
@@ -85,13 +88,14 @@ class Loop:
     ) -> Tensor:
         count = len(inputs)
         step = 1 if causal else 0
-        positions = branch.pos + step * torch.arange(count)
+        positions = branch.pos + step * torch.arange(count, device=self.device)
         branch.kv.causal, branch.kv.keep = causal, keep
         layers: list[Tensor] = []
-        hidden = self.decoder(inputs, positions, branch.kv, lead, keep=layers)
+        noted = layers if self.watch and name is not None else None
+        hidden = self.decoder(inputs, positions, branch.kv, lead, keep=noted)
         if keep:
             branch.pos += count if causal else 1
-        if name is not None:
+        if noted is not None:
             final = torch.cat([self.decoder.norm_lead(hidden[:lead]), hidden[lead:]])
             self.seen[f"{name}.position_ids"] = positions
             self.seen[f"{name}.input"] = as_published(layers[0], lead)
@@ -102,12 +106,15 @@ class Loop:
 
     def marks(self) -> Tensor:
         tokens = self.tokenizer
-        return self.decoder.embed(torch.tensor([tokens.image_start, tokens.image_end]))
+        return self.decoder.embed(self.ids([tokens.image_start, tokens.image_end]))
+
+    def ids(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
 
     def feed(self, branch: Branch, text: str, name: str | None = None) -> list[int]:
         ids = self.tokenizer.text_span(text)
-        hidden = self.run(branch, torch.tensor(ids), name, causal=True)
-        if name is not None:
+        hidden = self.run(branch, self.ids(ids), name, causal=True)
+        if self.watch and name is not None:
             self.seen[f"{name}.logits"] = self.decoder.logits(hidden)
         return ids
 
@@ -131,8 +138,8 @@ class Loop:
         self.no_text = self.main.fork()
 
     def latents(self, pixels: Tensor, name: str) -> None:
-        mean, logvar = self.autoencoder.encode(pixels[None])
-        eps = torch.randn(mean.shape, generator=self.generator)
+        mean, logvar = self.autoencoder.encode(pixels[None].to(self.device))
+        eps = torch.randn(mean.shape, generator=self.generator).to(self.device)
         latent = self.autoencoder.latent(mean, logvar, eps)[0]
         self.seen[f"{name}.eps"] = eps[0]
         self.seen[f"{name}.mean"], self.seen[f"{name}.logvar"] = mean[0], logvar[0]
@@ -145,11 +152,12 @@ class Loop:
 
     def look(self, pixels: Tensor, n: int, name: str) -> None:
         patch = self.bagel.config.vit.patch_size
-        patches = patchify(pixels, patch)
+        patches = patchify(pixels, patch).to(self.device, self.bagel.latents.vae2llm.weight.dtype)
         grid = pixels.shape[1] // patch, pixels.shape[2] // patch
-        features = self.bagel.vit(patches, [grid])
-        self.seen[f"vit{n}.features"] = features
-        self.seen[f"vit{n}.connector"] = self.bagel.connector(features)
+        if self.watch:
+            features = self.bagel.vit(patches, [grid])
+            self.seen[f"vit{n}.features"] = features
+            self.seen[f"vit{n}.connector"] = self.bagel.connector(features)
         start, end = self.marks()
         tokens = self.bagel.image_tokens(patches, [grid])
         self.run(self.main, torch.cat([start[None], tokens, end[None]]), name)
@@ -161,7 +169,7 @@ class Loop:
         branch = branch.fork()
         ids, logits = [self.tokenizer.start], []
         while len(ids) <= limit and self.tokenizer.end not in ids:
-            hidden = self.run(branch, torch.tensor(ids[-1:]), causal=True)
+            hidden = self.run(branch, self.ids(ids[-1:]), causal=True)
             logits.append(self.decoder.logits(hidden)[0])
             ids.append(int(logits[-1].argmax()))
         self.seen["argmax_tokens"] = torch.tensor(ids[1:])
@@ -191,7 +199,8 @@ class Loop:
             params["num_timesteps"], params["timestep_shift"], params["cfg_interval"]
         )
         size = grid[0] * grid[1], self.bagel.config.patch_latent_dim
-        x, trajectory, self.scales = torch.randn(size, generator=self.generator), [], []
+        x = torch.randn(size, generator=self.generator).to(self.device)
+        trajectory, self.scales = [], []
         self.seen["noise"] = x
         for index, step in enumerate(steps):
             guidance = strong if step.guided else Guidance()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -26,6 +28,13 @@ def encoded(image, format, **options):
     return out.getvalue()
 
 
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+# A PNG of 0 x 5 pixels.
+NO_WIDTH = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 2, 0, 0, 0))
+NO_WIDTH += chunk(b"IDAT", zlib.compress(bytes(5))) + chunk(b"IEND", b"")
 IMAGE = {"output_modalities": ("image",)}
 BAD = [
     ({"text": ""}, "text", "is empty"),
@@ -86,6 +95,13 @@ BAD = [
     ({"text": "x", **IMAGE, "stop": "y"}, "stop", "for a thought before it"),
     ({"text": "x", **IMAGE, "max_think_tokens": 9}, "max_think_tokens", "a thought before it"),
     (
+        {"text": "x", "output_modalities": ("text", "image"), "max_output_tokens": 9},
+        "max_output_tokens",
+        "use max_think_tokens",
+    ),
+    ({"text": "x", "input_modalities": ("image", "text")}, "input_modalities", "given 0 times"),
+    ({"text": "x", "images": NO_WIDTH}, "images", "no image"),
+    (
         {"text": "x", **IMAGE, "think": True, "max_think_tokens": 9000},
         "max_think_tokens",
         "there is room for",
@@ -132,6 +148,7 @@ ODD = {
     "webp": lambda image: encoded(image, "WEBP"),
     "one pixel": lambda image: encoded(image.resize((1, 1)), "PNG"),
     "a line": lambda image: encoded(image.resize((900, 3)), "PNG"),
+    "a thread": lambda image: encoded(image.resize((20_000, 1)), "PNG"),
     "a wall": lambda image: encoded(image.resize((2, 700)), "PNG"),
 }
 

@@ -12,8 +12,9 @@ import pytest
 from asking import DATA, assert_same_picture, file_of, levels, request_of
 from safetensors.numpy import load_file
 
-from mstar import Engine, RequestCancelled
+from mstar import Engine, InvalidRequest, OutOfMemory, RequestCancelled
 from mstar.types import ImageChunk, ProgressChunk, TextChunk
+from tests.waiting import until
 
 GOLDEN = load_file(DATA / "goldens.safetensors")
 CASES = json.loads((DATA / "goldens.json").read_text())["cases"]
@@ -183,14 +184,44 @@ def test_requests_at_different_steps_share_batches(engine):
     before = engine.stats()["nodes"]["flow"]["batch_sizes"]
     handles = []
     for seed in range(4):
-        handles.append(engine.submit(text="A boat", seed=seed, **{**BRIEF, "num_timesteps": 40}))
-        time.sleep(0.02)
+        asked = {**BRIEF, "num_timesteps": 60, "seed": seed, "progress": True}
+        handles.append(engine.submit(text="A boat", **asked))
+        next(iter(handles[-1]))  # it is on its way
     alone = [handle.result(60).images[0] for handle in handles]
     after = engine.stats()["nodes"]["flow"]["batch_sizes"]
     assert after.get(4, 0) > before.get(4, 0)
     for seed, png in enumerate(alone):
-        again = engine.generate(text="A boat", seed=seed, **{**BRIEF, "num_timesteps": 40})
+        again = engine.generate(text="A boat", seed=seed, **{**BRIEF, "num_timesteps": 60})
         assert_same_picture(levels(png), levels(again.images[0]))
+
+
+def test_images_of_other_sizes_take_turns(engine):
+    long = engine.submit(text="A boat", progress=True, **{**BRIEF, "num_timesteps": 1000})
+    next(iter(long))
+    brief = engine.generate(text="A boat", **{**BRIEF, "height": 32})
+    assert levels(brief.images[0]).shape == (32, 64, 3)
+    assert not long.done
+    long.cancel()
+
+
+def test_a_request_for_many_images_leaves_others_their_turn(engine, monkeypatch):
+    monkeypatch.setattr(engine.model.flow, "budget", 1)  # one image at a time
+    asked = {**BRIEF, "num_timesteps": 1000, "num_images": 4, "progress": True}
+    many = engine.submit(text="A boat", **asked)
+    next(iter(many))
+    engine.generate(text="A boat", **BRIEF)
+    assert not many.done
+    many.cancel()
+
+
+def test_an_image_that_never_fits_is_an_error_of_its_own(monkeypatch):
+    with Engine("bagel-tiny", kv_tokens=160) as engine:
+        with monkeypatch.context() as careless:
+            careless.setattr(engine.model.lm.pool, "check_fits", lambda *_: None)
+            with pytest.raises(OutOfMemory, match="holds 160 tokens"):
+                engine.generate(text="A boat", **{**BRIEF, "width": 128, "height": 128})
+        assert pages_used(engine) == 0
+        assert engine.generate(text="A boat", **{**BRIEF, "width": 16, "height": 16}).images
 
 
 def test_a_picture_is_encoded_once_for_all_questions():
@@ -326,10 +357,7 @@ def test_requests_from_many_threads_are_cancelled_and_served_side_by_side(engine
     for thread in threads:
         thread.join()
     assert not failures
-    deadline = time.monotonic() + 10
-    while pages_used(engine) or engine.stats()["requests"]["running"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: not pages_used(engine) and not engine.stats()["requests"]["running"])
 
 
 def test_published_sizes_load_with_random_weights_of_fewer_layers(tmp_path):
@@ -347,6 +375,8 @@ def test_published_sizes_load_with_random_weights_of_fewer_layers(tmp_path):
         asked = {"num_timesteps": 2, "width": 64, "height": 32}
         (image,) = engine.generate(text="x", output_modalities=("image",), **asked).images
         assert levels(image).shape == (32, 64, 3)
+        with pytest.raises(InvalidRequest, match="at most 1024; nearest: 1024"):
+            engine.generate(text="x", output_modalities=("image",), **{**asked, "height": 1040})
 
 
 def _without_outputs(asked):
