@@ -255,6 +255,7 @@ class Engine(GenerateMethods):
         Raises:
             InvalidRequest: the model is no policy, or the robot is not known.
         """
+        self._service.check_open()
         if "action" not in self.card.outputs:
             raise InvalidRequest("robot", robot, f"{self.card.name} makes no actions")
         return self.model.policy_of(self, robot, rename)
@@ -310,6 +311,7 @@ class Engine(GenerateMethods):
         Returns:
             `{"seconds": ...}` that it took.
         """
+        self._service.check_open()
         began = time.perf_counter()
         self._service.call(self.model.warmup)
         return {"seconds": time.perf_counter() - began}

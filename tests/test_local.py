@@ -244,10 +244,9 @@ def test_close_cancels_what_is_live_and_leaves_no_thread(every):  # noqa: F811
         with pytest.raises(RequestCancelled, match="closed") as stopped:
             handle.result(1)
         assert stopped.value.partial.request_id == f"r{index}"
-    with pytest.raises(EngineClosed):
-        engine.generate(text="a")
-    with pytest.raises(EngineClosed):
-        engine.health()
+    for call in (engine.generate, engine.health, engine.stats, engine.warmup, engine.policy):
+        with pytest.raises(EngineClosed):
+            call()
     with pytest.raises(EngineClosed):
         engine.stats()
     assert threading.active_count() == before

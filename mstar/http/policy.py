@@ -78,7 +78,8 @@ class ShownPolicy:
         Raises:
             MStarError: there is no answer.
         """
-        observation = _harmless(_observation(frame), ("prompt", self._policy.robot.prompt))
+        prompts = "prompt", self._policy.robot.prompt.replace(".", "/")
+        observation = _harmless(_observation(frame), prompts)
         began = time.perf_counter()
         pending = self._policy.begin(observation, timeout=self._front.settings.request_timeout)
         chunk = seat.wait_for(pending)

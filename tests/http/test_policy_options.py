@@ -52,6 +52,20 @@ def test_the_robot_of_the_checkpoint_and_a_pose():
         assert asked(connection, sent | {"task": "go"})["actions"].shape == (10, 7)
 
 
+def test_a_prompt_whose_key_has_dots():
+    image, robot = np.zeros((56, 56, 3), np.uint8), {"images": {"base_0_rgb": "front"}}
+    robot |= {"state": {"arm.q": 8}, "prompt": "language.task"}
+    sent = {"front": image, "arm": {"q": np.zeros(8)}}
+    with (
+        Engine("pi05-tiny") as engine,
+        served(engine, robot=robot) as site,
+        joined(site.url) as connection,
+    ):
+        connection.recv(10)
+        for prompt in ({"prompt": "go"}, {"language": {"task": "go"}}, {"language.task": b"go"}):
+            assert asked(connection, sent | prompt)["actions"].shape == (10, 7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

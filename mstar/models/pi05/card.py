@@ -10,21 +10,28 @@ import numpy as np
 from mstar.errors import InvalidRequest
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters
+from mstar.models.pi05.config import SCHEDULES
 from mstar.models.pi05.observation import as_array
 
 __all__ = ["CARD"]
 
 
-def array(value: Any) -> np.ndarray:
-    """An array of finite numbers, see `as_array`."""
+def rows(value: Any) -> np.ndarray:
+    """An array of finite numbers, or an empty one; see `as_array`."""
     try:
         found = as_array(value)
     except (TypeError, ValueError):
         raise ValueError("must be an array of numbers") from None
-    if not found.size:
-        raise ValueError("must be an array of numbers")
     if not np.isfinite(found).all():
         raise ValueError("must be finite")
+    return found
+
+
+def array(value: Any) -> np.ndarray:
+    """`rows`, and not empty."""
+    found = rows(value)
+    if not found.size:
+        raise ValueError("must be an array of numbers")
     return found
 
 
@@ -74,7 +81,7 @@ PARAMETERS = Parameters(
         ),
         Parameter(
             "prev_chunk_left_over",
-            array,
+            rows,
             nullable=True,
             accepts="an array [rows, action_dim]: what is left of the last chunk, normalised",
             help="real-time chunking: go on where the last chunk is",
@@ -87,7 +94,12 @@ PARAMETERS = Parameters(
             help="control steps until the chunk arrives",
         ),
         Parameter(
-            "execution_horizon", int, 10, low=1, help="rows of a chunk that guidance reaches"
+            "execution_horizon",
+            int,
+            low=1,
+            nullable=True,
+            help="rows of a chunk that guidance reaches; by default the checkpoint's, 10 as "
+            "published",
         ),
         Parameter(
             "rtc_mode",
@@ -99,17 +111,18 @@ PARAMETERS = Parameters(
         Parameter(
             "prefix_attention_schedule",
             str,
-            "LINEAR",
-            choices=("LINEAR", "EXP", "ONES", "ZEROS"),
-            help="how guidance falls off between the delay and the execution horizon",
+            choices=SCHEDULES,
+            nullable=True,
+            help="how guidance falls off between the delay and the execution horizon; by default "
+            "the checkpoint's, LINEAR as published",
         ),
         Parameter(
             "max_guidance_weight",
             float,
-            10.0,
             low=0,
             high=1000,
-            help="largest gain of the guidance",
+            nullable=True,
+            help="largest gain of the guidance; by default the checkpoint's, 10 as published",
         ),
     ],
     check=_together,

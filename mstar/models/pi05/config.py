@@ -14,13 +14,25 @@ from typing import Any, TypeVar
 from mstar.models.fields import check_flags, check_numbers, check_sizes, read_object
 from mstar.models.pi05.sizes import VARIANTS, GemmaSizes, VisionSizes
 
-__all__ = ["ACTION", "IMAGES", "MODES", "OPENPI_CAMERAS", "STATE", "Pi05Config", "mode_of"]
+__all__ = [
+    "ACTION",
+    "IMAGES",
+    "MODES",
+    "OPENPI_CAMERAS",
+    "SCHEDULES",
+    "STATE",
+    "Pi05Config",
+    "mode_of",
+    "names_of",
+]
 
 _T = TypeVar("_T")
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
+SCHEDULES = ("LINEAR", "EXP", "ONES", "ZEROS")  # of the guidance, in real-time chunking
+_MOST_CAMERAS = 64
 _NORMALISATION = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
 
 
@@ -36,6 +48,7 @@ class Pi05Config:
         chunk_size: actions in a chunk, the horizon.
         normalization_mapping: kind of feature -> mode.
         state_in_prompt: whether the prompt spells the state out (openpi's `discrete_state_input`).
+        rtc_config: of real-time chunking, as it is written; see `rtc`.
         rtc_training_max_delay: the longest hard prefix that it was trained with; 0 for none.
 
     Raises:
@@ -73,9 +86,8 @@ class Pi05Config:
         check_sizes(values, (*sizes, "num_inference_steps", "tokenizer_max_length"))
         check_numbers(values, ("min_period", "max_period"))
         check_flags(values, ("use_relative_actions", "state_in_prompt"))
-        for name in ("empty_cameras", "rtc_training_max_delay"):
-            if not isinstance(values[name], int) or values[name] < 0:
-                raise ValueError(f"{name}={values[name]!r}: must be an integer of at least 0")
+        if not isinstance(most := self.rtc_training_max_delay, int) or most < 0:
+            raise ValueError(f"rtc_training_max_delay={most!r}: must be an integer of at least 0")
         for name in ("state_dim", "action_dim"):
             most = values[f"max_{name}"]
             if values[name] is None:
@@ -90,6 +102,12 @@ class Pi05Config:
                 f"n_action_steps={self.n_action_steps}: must be at most chunk_size="
                 f"{self.chunk_size}"
             )
+        check_flags(self.rtc, ("enabled",))
+        check_sizes(self.rtc, ("execution_horizon",))
+        check_numbers(self.rtc, ("max_guidance_weight",))
+        if (schedule := self.rtc["prefix_attention_schedule"]) not in SCHEDULES:
+            allowed = f"must be one of {', '.join(SCHEDULES)}"
+            raise ValueError(f"rtc_config.prefix_attention_schedule={schedule!r}: {allowed}")
         for kind, mode in self.normalization_mapping.items():
             if mode not in MODES:
                 raise ValueError(
@@ -99,6 +117,12 @@ class Pi05Config:
             one, other = getattr(self.prefix, name), getattr(self.expert, name)
             if one != other:
                 raise ValueError(f"{name}: {one} in the prefix and {other} in the expert")
+
+    @property
+    def rtc(self) -> dict[str, Any]:
+        """How chunks go on from each other where nothing else is asked for."""
+        given = _object(vars(self), "rtc_config")
+        return {**_CHUNKING, **{name: value for name, value in given.items() if value is not None}}
 
     @property
     def norms(self) -> int:
@@ -129,7 +153,7 @@ class Pi05Config:
         }
         for name in ("relative_exclude_joints", "action_feature_names"):
             if name in known:
-                known[name] = tuple(known[name])
+                known[name] = names_of(name, known[name])
         known["normalization_mapping"] = {
             **_NORMALISATION,
             **{k: mode_of(v) for k, v in _object(config, "normalization_mapping").items()},
@@ -187,6 +211,12 @@ _EXPORTS: dict[str, dict[str, Any]] = {
     "libero": {"action_horizon": 10, "discrete_state_input": False},
     "trossen": {"action_horizon": 50},
 }
+_CHUNKING = {
+    "enabled": False,
+    "execution_horizon": 10,
+    "prefix_attention_schedule": "LINEAR",
+    "max_guidance_weight": 10.0,
+}
 # Fields that are not read as they are written.
 _OURS = ("layout", "vision", "prefix", "expert", "cameras", "state_dim", "action_dim", "vocab_size")
 
@@ -237,8 +267,8 @@ def _resolution(value: Any, vision: VisionSizes) -> tuple[int, int]:
 
 def _with_empty(cameras: tuple[str, ...], count: Any) -> tuple[str, ...]:
     """Cameras with those appended that are never there, unless they are listed already."""
-    if not isinstance(count, int):
-        raise ValueError(f"empty_cameras={count!r}: must be an integer of at least 0")
+    if not isinstance(count, int) or not 0 <= count <= _MOST_CAMERAS:
+        raise ValueError(f"empty_cameras={count!r}: must be an integer from 0 to {_MOST_CAMERAS}")
     empty = tuple(f"empty_camera_{index}" for index in range(count))
     return tuple(name for name in cameras if name not in empty) + empty
 
@@ -251,6 +281,13 @@ def _width(features: Mapping[str, Any], name: str) -> int | None:
     if not isinstance(shape, list) or len(shape) != 1:
         raise ValueError(f"{name}: its shape is {shape!r}, and must be one number")
     return shape[0]
+
+
+def names_of(field: str, value: Any) -> tuple[str, ...]:
+    """A list of names."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{field}={value!r}: must be a list of names")
+    return tuple(value)
 
 
 def mode_of(value: Any) -> Any:

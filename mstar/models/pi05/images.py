@@ -20,6 +20,7 @@ from mstar.models.pi05.resize import resize_lerobot, resize_openpi
 __all__ = ["image_faults", "model_image"]
 
 
+_FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 _NEAR = 1.001e-3  # as floats round it
 
 
@@ -65,7 +66,7 @@ def _checked(field: str, image: Any) -> Tensor:
         image = np.array(to_rgb(image))
     if isinstance(image, np.ndarray) and image.dtype != object:
         image = _from_numpy(image)
-    if not isinstance(image, Tensor):
+    if not isinstance(image, Tensor) or image.layout != torch.strided or image.is_meta:
         raise InvalidRequest(field, type(image).__name__, "must be an array or an image")
     image = image.detach()
     shape = list(image.shape)
@@ -77,7 +78,7 @@ def _checked(field: str, image: Any) -> Tensor:
         image = image.permute(2, 0, 1)
     if image.dtype == torch.uint8:
         return image
-    if not image.is_floating_point():
+    if image.dtype not in _FLOATS:
         raise InvalidRequest(field, str(image.dtype), "must be uint8, or floats from 0 to 1")
     low, high = torch.stack(image.aminmax()).tolist()
     if not (low >= -_NEAR and high <= 1 + _NEAR):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -58,7 +58,15 @@ class Pi05(Model):
         record: of `engine.captured`, on a GPU.
     """
 
-    options = ("statistics", "tokenizer", "resize", "state_padded_prompt", "horizon", "batch")
+    options = (
+        "statistics",
+        "tokenizer",
+        "resize",
+        "state_padded_prompt",
+        "state_in_prompt",
+        "horizon",
+        "batch",
+    )
 
     def __init__(
         self,
@@ -82,12 +90,20 @@ class Pi05(Model):
 
     @classmethod
     def load(cls, setup: Setup) -> Pi05:
-        """See `Model.load`. Options: `batch`; `horizon`; those of `Processor`."""
+        """See `Model.load`. Options: `batch`; `horizon` and `state_in_prompt`, where the files do
+        not say or say otherwise; those of `Processor`."""
         folder, options = setup.folders["pi05"], dict(setup.options)
         batch = options.pop("batch", 1)
         if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= _MOST_ROBOTS:
             raise InvalidRequest("batch", batch, f"must be from 1 to {_MOST_ROBOTS}")
-        config = policy_config(folder, options.pop("horizon", None))
+        horizon = options.pop("horizon", None)
+        if horizon is not None and (not isinstance(horizon, int) or horizon < 1):
+            raise InvalidRequest("horizon", horizon, "must be an integer of at least 1")
+        config = policy_config(folder, horizon)
+        spelled = options.pop("state_in_prompt", config.state_in_prompt)
+        if not isinstance(spelled, bool):
+            raise InvalidRequest("state_in_prompt", spelled, "must be true or false")
+        config = replace(config, state_in_prompt=spelled)
         processor = Processor.from_folder(folder, config, **options)
         policy = load_policy(
             folder,
@@ -145,26 +161,31 @@ class Pi05(Model):
 
     def _steered(self, params: dict[str, Any], steps: int) -> Steered | None:
         left = params["prev_chunk_left_over"]
-        if left is None:
+        if left is None or not left.size:
             return None
         previous = torch.from_numpy(left.astype(np.float32))
+        if previous.ndim == 3 and len(previous) == 1:
+            previous = previous[0]
         if previous.ndim != 2:
             shown = f"array {tuple(previous.shape)}"
             raise InvalidRequest("prev_chunk_left_over", shown, "must be [rows, action_dim]")
         config, delay = self.config, params["inference_delay"] or 0
         size = {"horizon": config.chunk_size, "actions": config.max_action_dim}
         mode = params["rtc_mode"] or ("trained" if config.rtc_training_max_delay else "guided")
+        rtc = {**config.rtc, **{name: value for name, value in params.items() if value is not None}}
         if mode == "trained":
             most = config.rtc_training_max_delay
+            if not most:
+                raise InvalidRequest("rtc_mode", mode, "the policy was not trained for it")
             prefix = trained(previous, delay=delay, max_delay=most, **size)
             return prefix if delay else None
         return guided(
             previous,
             delay=delay,
             steps=steps,
-            schedule=params["prefix_attention_schedule"],
-            execution_horizon=params["execution_horizon"],
-            max_weight=params["max_guidance_weight"],
+            schedule=rtc["prefix_attention_schedule"],
+            execution_horizon=rtc["execution_horizon"],
+            max_weight=rtc["max_guidance_weight"],
             **size,
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 from mstar.errors import InvalidRequest
 from mstar.models.parameters import plain
 
-__all__ = ["as_array", "flat", "numbers", "positive"]
+__all__ = ["as_array", "flat", "numbers", "positive", "slashed"]
 
 
 def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -19,14 +19,15 @@ def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None
     Args:
         rename: key -> the key that is meant.
     """
-    renamed = {_key(old): _key(new) for old, new in (rename or {}).items()}
+    renamed = {slashed(old): slashed(new) for old, new in (rename or {}).items()}
     found: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
         prefix = renamed.get(prefix, prefix)
         if isinstance(value, Mapping):
             for name, each in value.items():
-                visit(f"{prefix}/{_key(str(name))}" if prefix else _key(str(name)), each)
+                name = slashed(str(name))
+                visit(f"{prefix}/{name}" if prefix else name, each)
         elif value is not None:
             found[prefix] = value
 
@@ -44,10 +45,13 @@ def as_array(value: Any) -> np.ndarray:
     if isinstance(value, str):
         value = [float(number) for number in value.split(",")]
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        if value.is_floating_point() and value.element_size() < 4:
-            value = value.float()  # numpy has no bfloat16
-        value = value.numpy()
+        try:
+            value = value.detach().cpu()
+            if value.is_floating_point() and value.element_size() < 4:
+                value = value.float()  # numpy has no bfloat16
+            value = value.numpy()
+        except (RuntimeError, TypeError) as error:  # sparse, say
+            raise ValueError(f"must be an array of numbers: {error}") from None
     found = np.asarray(value)
     if found.dtype.kind not in "fiub":
         raise ValueError("must be an array of numbers")
@@ -61,7 +65,8 @@ def numbers(field: str, value: Any, dtype: type = np.float64) -> np.ndarray:
         InvalidRequest: it is none.
     """
     try:
-        found = as_array(value).astype(dtype)
+        with np.errstate(over="ignore"):  # it is refused below
+            found = as_array(value).astype(dtype)
     except (TypeError, ValueError):
         raise InvalidRequest(field, value, "must be numbers") from None
     if found.ndim > 1 and found.size != max(found.shape):
@@ -83,5 +88,6 @@ def positive(field: str, value: Any, most: float) -> float:
     return float(number)
 
 
-def _key(name: str) -> str:
+def slashed(name: str) -> str:
+    """A key as `flat` writes it."""
     return name.replace(".", "/")

@@ -191,10 +191,13 @@ class RobotPolicy:
         """An observation of this robot that shows nothing: black images, a state of zeros."""
         height, width = self.config.vision.image_size
         black = np.zeros((height, width, 3), np.uint8)
+        parts = dict(self.robot.state)
         count = self.config.state_dim or self.processor.of_state.dims or 1
+        for key in [key for key, dims in parts.items() if dims is None]:
+            parts[key] = max(1, count - sum(dims or 1 for dims in parts.values()) + 1)
         return {
             **dict.fromkeys(self.robot.images.values(), black),
-            **{key: np.zeros(dims or count) for key, dims in self.robot.state.items()},
+            **{key: np.zeros(dims) for key, dims in parts.items()},
             self.robot.prompt: "wait",
         }
 
@@ -207,6 +210,8 @@ class RobotPolicy:
         if (robot.action_dim or 0) > dims:
             allowed = f"takes {robot.action_dim} numbers an action; the policy makes {dims}"
             raise InvalidRequest("robot", robot.name, allowed)
+        if len(robot.delta) > (most := robot.action_dim or dims):
+            raise InvalidRequest("robot.delta", list(robot.delta), f"at most {most}, one an action")
 
     # -- lerobot's names -----------------------------------------------------------------------
 
@@ -225,7 +230,7 @@ class RobotPolicy:
         Raises:
             InvalidRequest: see `infer`; or real-time chunking is on, which this does not know.
         """
-        if (self.config.rtc_config or {}).get("enabled"):
+        if self.config.rtc["enabled"]:
             raise InvalidRequest(
                 "rtc_config",
                 dict(self.config.rtc_config),
@@ -247,7 +252,7 @@ class RobotPolicy:
         *,
         inference_delay: int | None = None,
         prev_chunk_left_over: Any = None,
-        execution_horizon: int = 10,
+        execution_horizon: int | None = None,
         **params: Any,
     ) -> np.ndarray:
         """A chunk in the model's normalised space, `[1, horizon, action_dim]`.
@@ -256,13 +261,11 @@ class RobotPolicy:
             batch: an observation; values may have a batch dimension of 1.
             inference_delay: control steps until the chunk arrives.
             prev_chunk_left_over: what is left of the last one, `[rows, action_dim]`, with or
-                without a batch dimension of 1; None for plain sampling.
-            execution_horizon: rows that it reaches.
+                without a batch dimension of 1; None, or no rows, for plain sampling.
+            execution_horizon: rows that it reaches; by default the checkpoint's.
             **params: as for `infer`.
         """
         if prev_chunk_left_over is not None:
-            if getattr(prev_chunk_left_over, "ndim", 0) == 3 and len(prev_chunk_left_over) == 1:
-                prev_chunk_left_over = prev_chunk_left_over[0]
             params |= {
                 "prev_chunk_left_over": prev_chunk_left_over,
                 "inference_delay": inference_delay or 0,

@@ -70,6 +70,9 @@ class Processor:
     ) -> None:
         if resize not in (None, *RULES):
             raise InvalidRequest("resize", resize, f"must be one of {', '.join(RULES)}")
+        if not isinstance(state_padded_prompt, bool):
+            field = "state_padded_prompt"
+            raise InvalidRequest(field, state_padded_prompt, "must be true or false")
         if tokenizer.size > config.vocab_size:
             raise WeightsError(
                 f"the tokenizer has {tokenizer.size} ids, and the policy {config.vocab_size}"
@@ -94,6 +97,11 @@ class Processor:
             )
         )
         self.action_dim = self._action_dim()
+        if config.state_dim is not None and self.of_state.dims not in (None, config.state_dim):
+            found = self.of_state.dims
+            raise WeightsError(
+                f"statistics of {found} state dims, for a policy of {config.state_dim}"
+            )
         self.relative: np.ndarray | None = None
         if processors.relative if processors.relative is not None else config.use_relative_actions:
             exclude = processors.exclude
@@ -132,7 +140,8 @@ class Processor:
     def assumed(self) -> str:
         """What was taken for granted, in one line."""
         config = self.config
-        state = f"{config.state_dim or self.of_state.dims or 'any number of'} state dims"
+        state = f"{config.state_dim or self.of_state.dims or 'any number of'} state dims, "
+        state += "in the prompt" if config.state_in_prompt else "not in the prompt"
         return (
             f"{config.layout} policy; statistics: {self.source} (state {self.of_state}; actions "
             f"{self.of_actions}); resize rule: {self.resize}; cameras: "
@@ -156,8 +165,9 @@ class Processor:
                 "raw",
                 False,
                 f"the checkpoint has no statistics of {' and of '.join(lacking)}, so actions "
-                "cannot be given in robot units: pass statistics=..., or raw=True for the "
-                "model's normalised space, with a state that is normalised already",
+                'cannot be given in robot units: Engine(..., options={"statistics": ...}) takes '
+                "them (mstar serve: --option statistics=FILE), or raw=True for the model's "
+                "normalised space, with a state that is normalised already",
             )
 
     def prepare(self, images: Mapping[str, Any], state: Any, task: str | None) -> Prepared:
@@ -281,6 +291,6 @@ def _tokenizer_folder(folder: Path, named: str | None, given: str | Path | None)
         if (place / "tokenizer.json").is_file():
             return place
     raise WeightsError(
-        f"{folder} has no tokenizer ({named or 'google/paligemma-3b-pt-224'} is meant): pass the "
-        "folder that holds its tokenizer.json"
+        f"{folder} has no tokenizer ({named or 'google/paligemma-3b-pt-224'} is meant): "
+        'Engine(..., options={"tokenizer": ...}) takes the folder that holds its tokenizer.json'
     )

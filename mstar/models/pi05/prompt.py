@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mstar.models.tokenizer import FastTokenizer, open_tokenizer
 
 __all__ = ["Tokenizer", "cleaned", "prompt_text", "state_bins"]
 
+log = logging.getLogger("mstar")
 _BOS = "<bos>"
 _EDGES = np.arange(256) / 128 - 1  # exact in float32, too
 
@@ -49,7 +51,7 @@ class Tokenizer(FastTokenizer):
         self._fast.no_padding()
         self._fast.no_truncation()
         self.bos = self._fast.token_to_id(_BOS)
-        self.max_length = max_length
+        self.max_length, self._cut = max_length, False
         if self.bos is None:
             file = folder / "tokenizer.json"
             raise WeightsError(f"{file} is not PaliGemma's: it has no {_BOS}")
@@ -69,7 +71,17 @@ class Tokenizer(FastTokenizer):
             ]
         except (TypeError, UnicodeEncodeError) as error:
             raise InvalidRequest("text", texts[0], "must be Unicode text") from error
-        return [self.bos, *(token for ids in found for token in ids)][: self.max_length]
+        ids = [self.bos, *(token for each in found for token in each)]
+        if len(ids) > self.max_length and not self._cut:
+            self._cut = True
+            log.warning(
+                "a prompt of %d tokens is cut to %d, as published, its end (the state) is lost; "
+                "further ones will be, too, without a word: %.80r",
+                len(ids),
+                self.max_length,
+                texts[0],
+            )
+        return ids[: self.max_length]
 
 
 def _forget(tokenizer: Any) -> None:

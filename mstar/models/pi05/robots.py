@@ -12,7 +12,7 @@ from mstar.errors import InvalidRequest
 from mstar.models.pi05 import aloha
 from mstar.models.pi05.config import IMAGES, OPENPI_CAMERAS, STATE, Pi05Config
 from mstar.models.pi05.images import image_faults
-from mstar.models.pi05.observation import flat, numbers
+from mstar.models.pi05.observation import flat, numbers, positive, slashed
 
 __all__ = ["PRESETS", "Observed", "Robot", "robot_for", "robot_of"]
 
@@ -87,10 +87,15 @@ class Robot:
             if isinstance(given, str) or not isinstance(given, Iterable):
                 raise InvalidRequest(f"robot.{name}", given, "must be a list")
             object.__setattr__(self, name, tuple(given))
-        if self.action_dim is not None and (
-            not isinstance(self.action_dim, int) or self.action_dim < 1
-        ):
-            raise InvalidRequest("robot.action_dim", self.action_dim, "must be at least 1, or None")
+        for name in ("action_dim", "run"):
+            given = getattr(self, name)
+            if given is not None and (not isinstance(given, int) or given < 1):
+                raise InvalidRequest(f"robot.{name}", given, "must be at least 1, or None")
+        if self.fps is not None:
+            positive("robot.fps", self.fps, 1e4)
+        if unknown := [camera for camera in self.required if camera not in self.images]:
+            allowed = f"must be of images, which has {', '.join(self.images)}"
+            raise InvalidRequest("robot.required", unknown[0], allowed)
 
     def observe(self, observation: Mapping[str, Any]) -> Observed:
         """Pick out what the policy needs. Keys that nobody knows are ignored, but for images.
@@ -102,8 +107,8 @@ class Robot:
         faults: list[str] = []
         images = {}
         for camera, key in self.images.items():
-            if (key := key.replace(".", "/")) in given:
-                images[camera] = given.pop(key)
+            if (place := slashed(key)) in given:
+                images[camera] = given.pop(place)
                 faults += image_faults(key, images[camera])
             elif camera in self.required:
                 faults.append(f"{key} is missing")
@@ -112,18 +117,18 @@ class Robot:
             faults.append(f"there is no image: at least one of {keys} is needed")
         parts = []
         for key, count in self.state.items():
-            if (key := key.replace(".", "/")) not in given:
+            if (place := slashed(key)) not in given:
                 faults.append(f"{key} is missing")
                 continue
             try:
-                part = numbers(key, given.pop(key))
+                part = numbers(key, given.pop(place))
             except InvalidRequest as error:
                 faults.append(str(error))
                 continue
             if count is not None and len(part) != count:
                 faults.append(f"{key} has {len(part)} numbers, and must have {count}")
             parts.append(part)
-        prompt = given.pop(self.prompt, self.default_prompt)
+        prompt = given.pop(slashed(self.prompt), self.default_prompt)
         if isinstance(prompt, (list, tuple, np.ndarray)) and np.size(prompt) == 1:
             prompt = np.asarray(prompt).reshape(-1)[0]
         if isinstance(prompt, bytes):
@@ -132,8 +137,8 @@ class Robot:
             faults.append(f"{self.prompt}, the task, is missing")
         elif not isinstance(prompt, str):
             faults.append(f"{self.prompt} is a {type(prompt).__name__}, and must be text")
-        places = {key.replace(".", "/").rpartition("/")[0] for key in self.images.values()}
-        strange = [key for key in given if key not in self.unused]
+        places = {slashed(key).rpartition("/")[0] for key in self.images.values()}
+        strange = sorted(set(given).difference(map(slashed, self.unused)))
         cameras = [key for key in strange if key.rpartition("/")[0] in places - {"", "observation"}]
         faults += [f"{key} is no camera of this robot" for key in cameras]
         if faults:
@@ -143,6 +148,9 @@ class Robot:
         state = np.concatenate(parts) if parts else None
         if state is not None and self.encode_state is not None:
             state = self.encode_state(state)
+        if (count := 0 if state is None else len(state)) < len(self.delta):
+            allowed = f"{len(self.delta)} actions are relative to it"
+            raise InvalidRequest("robot_state", f"{count} numbers", allowed)
         return Observed(images, state, None if prompt is None else str(prompt))
 
     def act(self, actions: np.ndarray, state: np.ndarray | None) -> np.ndarray:
@@ -206,8 +214,8 @@ def robot_of(config: Pi05Config, rename: Mapping[str, str] | None = None) -> Rob
     """
     present = config.cameras[: len(config.cameras) - config.empty_cameras]
     return Robot(
-        "lerobot",
-        images={camera: IMAGES + camera for camera in present},
+        "lerobot",  # some of whose policies have one camera, `observation.image`
+        images={c: c if c.startswith("observation.") else IMAGES + c for c in present},
         state={STATE: config.state_dim},
         prompt="task",
         action_dim=config.action_dim,
@@ -244,4 +252,6 @@ def robot_for(robot: Any, *, deltas: bool = True) -> Robot:
     found = PRESETS[name] if deltas else replace(PRESETS[name], delta=())
     if not adapt:
         found = replace(found, encode_state=None, decode_actions=None)
+    if "images" in given:
+        given.setdefault("required", [c for c in found.required if c in given["images"]])
     return replace(found, **given)

@@ -18,9 +18,9 @@ from mstar.errors import InvalidRequest
 from mstar.models.pi05.flow import Velocity
 from mstar.models.pi05.timestep import flow_times
 
-__all__ = ["SCHEDULES", "Guided", "HardPrefix", "guidance_gains", "guided", "padded", "trained"]
+__all__ = ["Guided", "HardPrefix", "guidance_gains", "guided", "padded", "trained"]
 
-SCHEDULES: dict[str, Callable[[float], float] | None] = {
+_FALLS: dict[str, Callable[[float], float]] = {
     "LINEAR": lambda left: left,
     "EXP": lambda left: left * math.expm1(left) / math.expm1(1),
     "ONES": lambda left: 1.0,
@@ -127,7 +127,8 @@ def guided(
         delay: control steps until the new chunk arrives.
         horizon, actions: shape of a chunk, with its padding columns.
         steps: of the flow.
-        schedule: how weights fall off between the delay and the execution horizon; of `SCHEDULES`.
+        schedule: how weights fall off between the delay and the execution horizon; of
+            `config.SCHEDULES`.
         execution_horizon: actions that are guided.
         max_weight: largest gain.
 
@@ -182,9 +183,9 @@ def prefix_weights(horizon: int, delay: int, end: int, schedule: str = "LINEAR")
         delay: actions that will have been executed: weight 1.
         end: actions from here on are free.
     """
-    fall = SCHEDULES.get(schedule)
+    fall = _FALLS.get(schedule)
     if fall is None:
-        raise InvalidRequest("schedule", schedule, f"must be one of {', '.join(SCHEDULES)}")
+        raise InvalidRequest("schedule", schedule, f"must be one of {', '.join(_FALLS)}")
     start = max(0, min(delay, end))
     between = [fall(1 - (index + 1) / (end - start + 1)) for index in range(end - start)]
     return ([1.0] * start + between + [0.0] * horizon)[:horizon]

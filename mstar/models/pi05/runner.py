@@ -22,6 +22,7 @@ from mstar.models.pi05.policy import RobotPolicy
 __all__ = ["PolicyRunner"]
 
 _KEPT = 4096  # latencies
+_OURS = ("raw", "prev_chunk_left_over", "inference_delay", "rtc_mode")
 _COUNTS = (
     "observations",
     "inferences",
@@ -50,8 +51,9 @@ class PolicyRunner:
         policy: of `Engine.policy`.
         fps: control steps per second, at which `get_action` is called.
         execution_horizon: with real-time chunking, the rows of a chunk that are held to the one
-            before it, by default 10, or 60 % of a shorter chunk; without it, the rows of a chunk
-            that are executed, by default as many as the robot's published client does.
+            before it, by default as many as the checkpoint says, 10 as published, but at most
+            60 % of a chunk; without it, the rows of a chunk that are executed, by default as many
+            as the robot's published client does.
         rtc: real-time chunking: `"guided"`, `"trained"`, True for what the checkpoint was trained
             for, or None for one chunk after the other.
         queue_threshold: rows that are left when the next inference begins. By default 30 with
@@ -83,11 +85,16 @@ class PolicyRunner:
         self._horizon = policy.config.chunk_size
         self.rtc = self._mode(rtc)
         most, part = self._horizon, self._horizon * 3 // 5
-        rows = min(10, part) if self.rtc else policy.robot.run or policy.config.n_action_steps
+        usual = policy.config.rtc["execution_horizon"]
+        rows = min(usual, part) if self.rtc else policy.robot.run or policy.config.n_action_steps
         rows = max(1, min(rows, most))
         self.execution_horizon = _rows("execution_horizon", execution_horizon, 1, most, rows)
         rows = min(30, part) if self.rtc else self.execution_horizon // 2
         self.queue_threshold = _rows("queue_threshold", queue_threshold, 0, most, rows)
+        if deadline_ms is not None:
+            deadline_ms = positive("deadline_ms", deadline_ms, 1e9)
+        if given := [name for name in params if name in _OURS]:
+            raise InvalidRequest(given[0], params[given[0]], "is up to the runner; see rtc")
         self.deadline_ms = deadline_ms
         self._literal, self._clock, self._params = literal, clock, params
         self._queue = ActionQueue(rtc=self.rtc is not None, literal=literal)

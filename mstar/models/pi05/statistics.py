@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mstar.errors import WeightsError
-from mstar.models.fields import read_object
-from mstar.models.pi05.config import ACTION, STATE, mode_of
+from mstar.models.fields import check_flags, check_numbers, check_sizes, read_object
+from mstar.models.pi05.config import ACTION, STATE, mode_of, names_of
 
 __all__ = ["Processors", "Statistics", "read_processors", "read_statistics"]
 
@@ -42,6 +43,9 @@ class Processors:
         tokenizer: folder or hub name of the tokenizer.
         max_length: of the prompt in tokens.
         relative: whether actions are relative; None if nothing is said.
+
+    Raises:
+        ValueError: something is not what it should be.
     """
 
     statistics: Statistics = field(default_factory=Statistics)
@@ -54,6 +58,16 @@ class Processors:
     exclude: tuple[str, ...] | None = None
     names: tuple[str, ...] | None = None
 
+    def __post_init__(self) -> None:
+        check_numbers(vars(self), ("eps",))
+        check_sizes(vars(self), ["max_length"] if self.max_length is not None else [])
+        check_flags(vars(self), ["relative"] if self.relative is not None else [])
+        if not isinstance(self.tokenizer, str | None):
+            raise ValueError(f"tokenizer_name={self.tokenizer!r}: must be a name")
+        names = [*self.rename, *self.rename.values(), *self.modes]
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise ValueError(f"{wrong[0]!r}: must be a name")
+
 
 def read_processors(folder: Path) -> Processors:
     """Read a checkpoint's processor files, as far as there are any.
@@ -61,28 +75,33 @@ def read_processors(folder: Path) -> Processors:
     Raises:
         WeightsError: one is broken, or names a file that is not there.
     """
+    try:
+        return _processors(folder)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise WeightsError(f"cannot use the processor files in {folder}: {error}") from error
+
+
+def _processors(folder: Path) -> Processors:
     before = _steps(folder, "policy_preprocessor.json")
     after = _steps(folder, "policy_postprocessor.json")
     normalise, restore = before.get("normalizer_processor"), after.get("unnormalizer_processor")
     state, action = _tables(folder, normalise)["state"], _tables(folder, restore)["action"]
-    config = (normalise or {}).get("config", {})
-    tokenize = before.get("tokenizer_processor", {})
-    name = tokenize.get("config", {}).get("tokenizer_name")
-    relative = before.get("relative_actions_processor", {}).get("config", {})
-    absolute = after.get("absolute_actions_processor", {}).get("config", {})
+    config = _config(before, "normalizer_processor")
+    tokenize = _config(before, "tokenizer_processor")
+    artifacts = before.get("tokenizer_processor", {}).get("artifacts") or {}
+    relative = _config(before, "relative_actions_processor")
+    absolute = _config(after, "absolute_actions_processor")
     found = state is not None or action is not None
     return Processors(
         statistics=Statistics(state, action, "processor files" if found else "none"),
-        rename=before.get("rename_observations_processor", {})
-        .get("config", {})
-        .get("rename_map", {}),
+        rename=_config(before, "rename_observations_processor").get("rename_map") or {},
         modes={kind: mode_of(mode) for kind, mode in (config.get("norm_map") or {}).items()},
         eps=config.get("eps", 1e-8),
-        tokenizer=tokenize.get("artifacts", {}).get("tokenizer_name", name),
-        max_length=tokenize.get("config", {}).get("max_length"),
+        tokenizer=artifacts.get("tokenizer_name", tokenize.get("tokenizer_name")),
+        max_length=tokenize.get("max_length"),
         relative=absolute.get("enabled", relative.get("enabled")),
-        exclude=_tuple(relative.get("exclude_joints")),
-        names=_tuple(relative.get("action_names")),
+        exclude=_names(relative, "exclude_joints"),
+        names=_names(relative, "action_names"),
     )
 
 
@@ -101,6 +120,8 @@ def read_statistics(given: Any) -> Statistics:
         return given
     if isinstance(given, Mapping):
         return _statistics(given, "an argument")
+    if not isinstance(given, (str, PathLike)):
+        raise WeightsError(f"statistics={given!r}: must be a file, a folder, or what they hold")
     path = Path(given)
     if path.is_dir():
         return _in_folder(path)
@@ -178,5 +199,9 @@ def _flat(file: Path) -> dict[str, dict[str, np.ndarray]]:
     return found
 
 
-def _tuple(value: Any) -> tuple[str, ...] | None:
-    return None if value is None else tuple(value)
+def _config(steps: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return steps.get(name, {}).get("config") or {}
+
+
+def _names(config: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
+    return None if config.get(name) is None else names_of(name, config[name])

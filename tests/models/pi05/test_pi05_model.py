@@ -175,7 +175,7 @@ def test_one_line_tells_what_was_assumed(caplog):
         "QUANTILES",
         "resize rule: lerobot",
         "cameras: base_0_rgb, left_wrist_0_rgb, right_wrist_0_rgb",
-        "8 state dims",
+        "8 state dims, in the prompt",
         "chunks of 10 x 7 actions",
     ):
         assert part in line
@@ -195,7 +195,7 @@ def test_robot_units_need_statistics(tmp_path, goldens, engine):
     folder = copied(tmp_path / "policy", "policy_*")
     request = asked(goldens, 0)
     with Engine("pi05", weights=folder) as bare:
-        with pytest.raises(InvalidRequest, match=r"no statistics.*statistics=\.\.\., or raw=True"):
+        with pytest.raises(InvalidRequest, match=r"no statistics.*\"statistics\".*or raw"):
             bare.generate(**request)
         policy = bare.policy()
         with pytest.raises(InvalidRequest, match="no statistics"):
@@ -231,11 +231,42 @@ def test_statistics_as_an_argument():
     np.testing.assert_allclose(robot, 10 * raw, rtol=1e-5, atol=1e-5)
 
 
+def test_a_policy_that_reads_no_state_in_the_prompt(caplog):
+    with (
+        caplog.at_level(logging.INFO, "mstar"),
+        Engine("pi05-tiny", options={"state_in_prompt": False}) as engine,
+    ):
+        ids = [engine.model.processor.prepare(ASKED["images"], [x] * 8, "go").ids for x in (0, 1)]
+    assert ids[0].equal(ids[1])
+    assert "not in the prompt" in caplog.text
+
+
+def test_a_hard_prefix_needs_a_policy_that_was_trained_for_it(tmp_path):
+    folder = copied(tmp_path / "policy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rtc_training_max_delay": 0}))
+    with Engine("pi05", weights=folder) as engine:
+        for delay in (0, 2):
+            left = {"prev_chunk_left_over": LEFT, "inference_delay": delay}
+            with pytest.raises(InvalidRequest, match="rtc_mode='trained': the policy was not"):
+                engine.act(**ASKED, **left, rtc_mode="trained")
+        assert engine.act(**ASKED, **left).shape == (10, 7)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"statistic": 1}, InvalidRequest, "pi05 has statistics, tokenizer, resize"),
         ({"resize": "nearest"}, InvalidRequest, "one of lerobot, openpi"),
+        ({"horizon": "15"}, InvalidRequest, "horizon='15': must be an integer of at least 1"),
+        ({"state_padded_prompt": "no"}, InvalidRequest, "must be true or false"),
+        ({"state_in_prompt": 0}, InvalidRequest, "state_in_prompt=0: must be true or false"),
+        ({"statistics": 5}, WeightsError, "statistics=5: must be a file, a folder, or what"),
+        (
+            {"statistics": {"state": {"q01": [0.0] * 9, "q99": [1.0] * 9}}},
+            WeightsError,
+            "9 state dims, for a policy of 8",
+        ),
         ({"statistics": {"state": {"q01": [0.0] * 8}}}, WeightsError, "lack q99"),
         ({"statistics": {"arm": {}}}, WeightsError, "no statistics in an argument"),
         ({"statistics": "/nowhere.json"}, WeightsError, r"cannot read statistics from /nowhere"),
@@ -249,6 +280,20 @@ def test_statistics_as_an_argument():
 def test_options_that_do_not_fit(options, error, message):
     with pytest.raises(error, match=message):
         Engine("pi05-tiny", options=options)
+
+
+def test_guidance_is_as_the_checkpoint_says_unless_asked_otherwise(tmp_path, goldens, engine):
+    folder = copied(tmp_path / "policy")
+    config = json.loads((folder / "config.json").read_text())
+    habits = {"prefix_attention_schedule": "EXP", "execution_horizon": 6, "max_guidance_weight": 2}
+    (folder / "config.json").write_text(json.dumps({**config, "rtc_config": habits}))
+    left = goldens["rtc.prev_chunk_left_over"]
+    request = asked(goldens, 0, prev_chunk_left_over=left, inference_delay=2, rtc_mode="guided")
+    published = {"execution_horizon": 10, "max_guidance_weight": 10}
+    with Engine("pi05", weights=folder) as other:
+        assert np.array_equal(other.act(**request), engine.act(**request, **habits))
+        request |= {**published, "prefix_attention_schedule": "LINEAR"}
+        assert np.array_equal(other.act(**request), engine.act(**request))
 
 
 def test_a_config_that_is_not_one(tmp_path):

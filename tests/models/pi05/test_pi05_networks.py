@@ -58,6 +58,13 @@ def test_what_files_leave_out_is_as_published():
     assert (full.vision.positions, full.norms, full.cameras) == (256, 37, OPENPI_CAMERAS)
 
 
+def test_habits_of_real_time_chunking(published):
+    assert Pi05Config.from_dict(published).rtc["execution_horizon"] == 10
+    published["rtc_config"] = {"enabled": True, "execution_horizon": 20, "debug": False}
+    rtc = Pi05Config.from_dict(published).rtc
+    assert (rtc["enabled"], rtc["execution_horizon"], rtc["max_guidance_weight"]) == (True, 20, 10)
+
+
 def test_the_tiny_config():
     config = policy_config(TINY)
     assert (config.state_dim, config.action_dim, config.chunk_size) == (8, 7, 10)
@@ -98,6 +105,11 @@ def test_cameras_are_in_the_order_of_the_file(published):
         ({"input_features": {"observation.state": {"type": "STATE", "shape": [8]}}}, "an image"),
         ({"output_features": {"action": {"type": "ACTION", "shape": [40]}}}, "action_dim=40: must"),
         ({"empty_cameras": "two"}, "empty_cameras='two': must be an integer"),
+        ({"empty_cameras": 10**20}, "must be an integer from 0 to 64"),
+        ({"relative_exclude_joints": "gripper"}, "'gripper': must be a list of names"),
+        ({"rtc_config": True}, "rtc_config=True: must be an object"),
+        ({"rtc_config": {"execution_horizon": 0}}, "execution_horizon=0: must be an integer of"),
+        ({"rtc_config": {"prefix_attention_schedule": "STEPS"}}, "'STEPS': must be one of LINEAR"),
         ({"min_period": 0}, "min_period=0: must be a number above 0"),
         ({"rtc_training_max_delay": -1}, "rtc_training_max_delay=-1: must be"),
     ],

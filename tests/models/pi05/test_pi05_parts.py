@@ -53,6 +53,11 @@ def test_an_observation_of_lerobot(processor):
     assert (found.state.dtype, found.state.shape, found.prompt) == (np.float64, (8,), "go")
 
 
+def test_the_only_camera_of_some_policies_of_lerobot(processor):
+    config = replace(processor.config, cameras=("observation.image", "top"))
+    assert list(robot_of(config).images.values()) == ["observation.image", "observation.images.top"]
+
+
 def test_all_faults_are_in_one_message():
     wrong = {"observation/image": IMAGE, "observation/state": np.zeros(7), "observation/imgae": 1}
     with pytest.raises(InvalidRequest) as caught:

@@ -138,6 +138,10 @@ def test_a_robot_that_the_policy_was_not_made_for(engine):
         ({"images": {"base_0_rgb": "x"}, "state": {"q": "8"}}, "robot.state", "or None for any"),
         ({"preset": "droid", "delta": "joints"}, "robot.delta", "must be a list"),
         ({"preset": "droid", "action_dim": 0}, "robot.action_dim", "must be at least 1"),
+        ({"preset": "droid", "run": "8"}, "robot.run", "must be at least 1, or None"),
+        ({"preset": "droid", "fps": "15"}, "robot.fps", "must be above 0"),
+        ({"preset": "droid", "required": ["front"]}, "robot.required", "which has base_0_rgb"),
+        ({"preset": "libero", "delta": [True] * 8}, "robot.delta", "at most 7, one an action"),
     ],
 )
 def test_maps_that_are_no_robot(robot, field, message, engine):
@@ -163,6 +167,8 @@ def test_deltas_of_a_preset_are_those_of_policies_of_openpi():
 def test_a_preset_on_a_policy_of_lerobot(engine):
     found = engine.policy({"preset": "libero", "fps": 10}).robot
     assert found == replace(PRESETS["libero"], fps=10)
+    only = engine.policy({"preset": "libero", "images": {"base_0_rgb": "front"}}).robot
+    assert only.required == ("base_0_rgb",)
 
 
 def test_engines_without_actions_have_no_policy():
@@ -234,6 +240,30 @@ def test_a_robot_of_ones_own_with_names_of_ones_own(engine, policy, seen, golden
     expect(raw, goldens["pair.actions_norm"][0])
 
 
+def test_keys_with_dots_are_those_of_nested_maps(engine, seen):
+    fields = {"images": {"base_0_rgb": "camera.front"}, "state": {"arm.q": None, "grip": 1}}
+    arm = engine.policy({**fields, "prompt": "language.task", "unused": ["camera.depth"]})
+    nested = {
+        "camera": {"front": seen[KEYS["base_0_rgb"]], "depth": np.zeros((4, 4))},
+        "arm": {"q": seen["observation.state"][:7]},
+        "grip": seen["observation.state"][7],
+        "language": {"task": seen["task"]},
+    }
+    only = {k: v for k, v in seen.items() if "wrist" not in k}
+    expected = engine.policy().infer(only, seed=1)["actions"]
+    assert np.array_equal(arm.infer(nested, seed=1)["actions"], expected)
+    assert [len(arm.example()[key]) for key in ("arm.q", "grip")] == [7, 1]
+    assert arm.warmup().keys() == {"first_s", "warm_s"}
+
+
+def test_a_state_with_fewer_numbers_than_actions_are_relative_to(engine, seen):
+    fields = {"images": {"base_0_rgb": "front"}, "state": {"q": None}, "delta": [True] * 7}
+    arm, image = engine.policy(fields), seen[KEYS["base_0_rgb"]]
+    with pytest.raises(InvalidRequest, match="robot_state='6 numbers': 7 actions are relative"):
+        arm.infer({"front": image, "q": np.zeros(6), "prompt": "go"})
+    assert arm.infer({"front": image, "q": np.zeros(8), "prompt": "go"})["actions"].size == 70
+
+
 def test_one_error_names_all_faults(policy):
     wrong = {
         "observation.images.base_0_rgb": np.zeros((8, 8), np.uint8),
@@ -248,7 +278,7 @@ def test_one_error_names_all_faults(policy):
         "base_0_rgb=[8, 8]: must be [height, width, 3] or [3, height, width]",
         "left_wrist_0_rgb='torch.int32': must be uint8",
         "head is no camera of this robot",
-        "state has 7 numbers, and must have 8",
+        "observation.state has 7 numbers, and must have 8",
         "task, the task, is missing",
         "keys that nobody knows: taks",
     ):
@@ -354,9 +384,13 @@ def test_predict_action_chunk(policy, seen, goldens):
         batch, **left, execution_horizon=facts["execution_horizon"], rtc_mode="guided"
     )
     expect(found, goldens["rtc.LINEAR.actions_norm"][..., :7], 2e-4)
-    left["prev_chunk_left_over"] = left["prev_chunk_left_over"][None]
-    found = policy.predict_action_chunk(batch, **left)
-    expect(found, goldens["rtc_trained.actions_norm"][..., :7])
+    rows = left.pop("prev_chunk_left_over")
+    for batched in (rows[None], rows[None].tolist()):
+        found = policy.predict_action_chunk(batch, prev_chunk_left_over=batched, **left)
+        expect(found, goldens["rtc_trained.actions_norm"][..., :7])
+    for used_up in (rows[:0], rows[None, :0].numpy(), []):
+        found = policy.predict_action_chunk(batch, prev_chunk_left_over=used_up, **left)
+        expect(found, goldens["pair.actions_norm"][:1])
 
 
 def test_relative_actions_go_on_from_another_state(policy, seen, monkeypatch):

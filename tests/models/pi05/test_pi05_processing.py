@@ -21,7 +21,7 @@ from mstar.models.pi05.normalise import Normalizer, relative_mask
 from mstar.models.pi05.processing import Processor
 from mstar.models.pi05.prompt import cleaned, prompt_text, state_bins
 from mstar.models.pi05.resize import fitted
-from mstar.models.pi05.statistics import Processors, read_statistics
+from mstar.models.pi05.statistics import Processors, read_processors, read_statistics
 
 # -- prompts -------------------------------------------------------------------------------------
 
@@ -54,6 +54,14 @@ def test_prompts_with_padded_states(goldens, processor):
         found = padded.prepare(**goldens.observation(row)).ids.tolist()
         text = processor.tokenizer._fast.encode(expected, add_special_tokens=False).ids
         assert found == [2, *text][:200]
+
+
+def test_a_prompt_that_is_cut_is_told_once(goldens, processor, caplog):
+    observation = goldens.observation(0)
+    for task in ("go", "go " * 200, "go " * 200):
+        processor.prepare(**{**observation, "task": task})
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "tokens is cut to 200" in line
 
 
 # -- images --------------------------------------------------------------------------------------
@@ -104,6 +112,9 @@ def test_where_an_image_goes():
         (np.array([["a"]]), "must be an array or an image"),
         (np.array([[None]]), "must be an array or an image"),
         ("base.png", "image='str': must be an array or an image"),
+        (torch.zeros(3, 4, 4).to_sparse(), "must be an array or an image"),
+        (torch.zeros(3, 4, 4, device="meta"), "must be an array or an image"),
+        (torch.zeros(3, 4, 4, dtype=torch.float8_e4m3fn), "must be uint8, or floats"),
     ],
 )
 def test_what_is_no_image_is_refused(image, message):
@@ -200,8 +211,30 @@ def test_a_state_file_that_is_missing(tmp_path):
         Processor.from_folder(tmp_path, policy_config(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("step", "config", "message"),
+    [
+        ("normalizer_processor", {"eps": "x"}, "eps='x': must be a number above 0"),
+        ("tokenizer_processor", {"max_length": "x"}, "max_length='x': must be an integer"),
+        ("rename_observations_processor", {"rename_map": [1]}, "cannot use the processor files"),
+        ("relative_actions_processor", {"exclude_joints": "gripper"}, "must be a list of names"),
+    ],
+)
+def test_processor_files_that_are_wrong(step, config, message, tmp_path):
+    steps = [{"registry_name": step, "config": config}]
+    (tmp_path / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
+    with pytest.raises(WeightsError, match=message):
+        read_processors(tmp_path)
+
+
+def test_a_step_that_says_nothing(tmp_path):
+    steps = [{"registry_name": name, "config": None} for name in ("tokenizer_processor", "x")]
+    (tmp_path / "policy_preprocessor.json").write_text(json.dumps({"steps": steps}))
+    assert read_processors(tmp_path) == Processors()
+
+
 def test_no_tokenizer(tmp_path, processor):
-    with pytest.raises(WeightsError, match=r"has no tokenizer .* pass the folder"):
+    with pytest.raises(WeightsError, match=r"has no tokenizer .* takes the folder"):
         Processor.from_folder(tmp_path, processor.config)
     found = Processor.from_folder(tmp_path, processor.config, tokenizer=TINY / "tokenizer")
     assert found.tokenizer.bos == 2
@@ -259,6 +292,8 @@ def test_an_empty_list_of_excluded_joints_excludes_none(processor):
         ({"state": [float("nan")] * 8}, "must be finite"),
         ({"state": ["a"] * 8}, "must be numbers"),
         ({"state": np.zeros((2, 4))}, "must have one dimension"),
+        ({"state": torch.zeros(8).to_sparse()}, "must be numbers"),
+        ({"state": torch.zeros(8, device="meta")}, "must be numbers"),
         ({"task": None}, "the task is missing"),
         ({"task": "\ud800"}, "must be Unicode text"),
     ],

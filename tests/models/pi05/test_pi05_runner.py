@@ -27,7 +27,10 @@ class Fake:
 
     def __init__(self, max_delay=0, run=None):
         self.config = SimpleNamespace(
-            chunk_size=ROWS, n_action_steps=8, rtc_training_max_delay=max_delay
+            chunk_size=ROWS,
+            n_action_steps=8,
+            rtc_training_max_delay=max_delay,
+            rtc={"execution_horizon": 10},
         )
         self.robot = SimpleNamespace(run=run)
         self.now = 0.0
@@ -296,6 +299,9 @@ def test_usual_numbers_of_rows(run):
     assert run(Fake(run=5)).execution_horizon == 5
     runner = run(rtc=True)
     assert (runner.execution_horizon, runner.queue_threshold) == (6, 6)
+    habitual = Fake()
+    habitual.config.rtc = {"execution_horizon": 4}
+    assert run(habitual, rtc=True).execution_horizon == 4
 
 
 @pytest.mark.parametrize(
@@ -306,6 +312,9 @@ def test_usual_numbers_of_rows(run):
         ({"queue_threshold": -1}, "must be from 0 to 10"),
         ({"rtc": "fast"}, "guided, trained, True or None"),
         ({"rtc": "trained"}, "was not trained for it"),
+        ({"deadline_ms": -1}, "deadline_ms=-1: must be above 0"),
+        ({"raw": True}, "raw=True: is up to the runner"),
+        ({"rtc_mode": "guided"}, "rtc_mode='guided': is up to the runner; see rtc"),
     ],
 )
 def test_arguments_that_do_not_fit(options, message, fake):

@@ -41,7 +41,7 @@ def test_what_the_robot_does_wrong_surfaces_as_well(engine):
     with PolicyRunner(policy, 50) as runner:
         runner.notify({"task": "go"})
         until(lambda: runner.stats["failures"] == 1)
-        with pytest.raises(InvalidRequest, match=r"observation/state is missing"):
+        with pytest.raises(InvalidRequest, match=r"observation.state is missing"):
             runner.get_action()
 
 

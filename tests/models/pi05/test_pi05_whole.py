@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pi05_data import asked, every_case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mstar import Engine, InvalidRequest
 from mstar.engine.node import Node
@@ -17,12 +18,27 @@ from tests.recording import replays
 CPU = torch.device("cpu")
 
 
+class Strict(TorchDispatchMode):
+    """Refuses what a CUDA graph could not hold: values read by the host, constants brought from it,
+    shapes that follow from values, dice."""
+
+    REFUSED = "item", "_local_scalar", "lift_fresh", "equal", "nonzero", "masked_select", "unique"
+    DICE = "rand", "normal", "uniform", "bernoulli", "multinomial"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith((*self.REFUSED, *self.DICE)):
+            raise AssertionError(f"{name} cannot be captured")
+        return func(*args, **(kwargs or {}))
+
+
 def capturing(engine, rows, recorded):
     """Let an engine's model capture its calls."""
 
     def record(step):
         recorded.append(step)
-        return replays(step)
+        with Strict():
+            return replays(step)
 
     model = engine.model
     whole = WholeCall(model.policy, model.processor, model._table, CPU, rows, record)
@@ -65,6 +81,11 @@ def test_robot_units_are_those_of_the_host_to_the_bit(engine, goldens, monkeypat
     found = finish(torch.from_numpy(raw), torch.from_numpy(base))
     assert np.array_equal(found.numpy(), processor.finish(raw, state))
     assert not np.array_equal(base, np.zeros(7))
+
+
+def test_tables_are_not_made_while_a_call_is_captured(engine):
+    with Strict(), pytest.raises(AssertionError, match="lift_fresh cannot be captured"):
+        engine.model.policy.table(2)
 
 
 def test_nothing_is_captured_after_the_warm_up(goldens):
