@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mstar.errors import WeightsError
 from mstar.models.fields import check_flags, check_lists, check_numbers, check_sizes, read_object
 from mstar.models.vjepa2.config import BlockSizes, EncoderSizes, mlp_width
 
@@ -73,9 +74,12 @@ class AcConfig:
 
     @classmethod
     def from_folder(cls, folder: Path) -> AcConfig:
-        """From its config.json; without one, as published. Raises OSError or ValueError."""
+        """From its config.json; without one, as published. Raises WeightsError."""
         path = folder / "config.json"
-        return cls.from_dict(read_object(path)) if path.exists() else cls()
+        try:
+            return cls.from_dict(read_object(path)) if path.exists() else cls()
+        except (OSError, TypeError, ValueError) as error:
+            raise WeightsError(f"cannot use {path}: {error}") from error
 
     @property
     def encoder(self) -> EncoderSizes:

@@ -1,57 +1,53 @@
-"""What callers show a world model, checked in their thread: frames and goals."""
+"""What callers give a world model, checked in their thread: frames, goals, actions, states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from os import PathLike
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from mstar.errors import InvalidRequest
 from mstar.io.data_url import decode_data_url
 from mstar.io.rgb import rgb_of, shown
-from mstar.io.video import open_video
-from mstar.models.vjepa2.ac_config import AcConfig
-from mstar.models.vjepa2.ac_pixels import squares
+from mstar.models.pi05.card import array
+from mstar.models.vjepa2.ac_config import EXTRINSICS, AcConfig
 from mstar.models.vjepa2.latents import Latents, latents_of
-from mstar.models.vjepa2.plan import chosen
+from mstar.models.vjepa2.poses import trajectory
+from mstar.models.vjepa2.preprocess import squares
+from mstar.models.vjepa2.requests import frames_of
 
-__all__ = ["frames_of", "goal_of", "seen_of"]
+__all__ = [
+    "Course",
+    "check_frames",
+    "course",
+    "extrinsics_of",
+    "goal_of",
+    "paired",
+    "rows",
+    "seen_of",
+]
 
 
-def frames_of(
-    field: str,
-    value: Any,
-    num_frames: int | None = None,
-    first: int | None = None,
-    usual: int | None = None,
-) -> Tensor:
-    """Square frames uint8 `[frames, 3, side, side]` of a video or an image.
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What candidates do, from the last frame that was seen.
 
     Args:
-        num_frames: so many of them, evenly spread.
-        first: only so many of those, from the beginning; the others are not decoded.
-        usual: the most that are taken from a file, if nobody says; None for all.
-
-    Raises:
-        InvalidRequest: it cannot be read, or has too few frames.
+        past_actions, past_states: of the frames before that, float32 `[frames, 7]`.
+        actions: float32 `[samples, horizon, 7]`.
+        states: before each action, and after the last one where that is known, float32
+            `[samples, horizon (+ 1), 7]`.
+        together: whether all samples begin with the same state.
     """
-    try:
-        video = open_video(value)
-        in_file = isinstance(value, (str, PathLike, bytes, bytearray, memoryview, tuple))
-        places: Sequence[int] = chosen(video, num_frames, None, usual if in_file else None)
-        if first is not None and len(places) < first:
-            raise ValueError(f"it has {len(places)} frames, of {first} that are needed")
-        places = places[:first]
-        found = squares(video.images(places))
-        if len(found) < len(places):
-            raise ValueError(f"it is broken: {len(found)} of {len(places)} frames can be read")
-    except InvalidRequest:
-        raise
-    except ValueError as error:
-        raise InvalidRequest(field, shown(value), str(error)) from None
-    return found
+
+    past_actions: Tensor
+    past_states: Tensor
+    actions: Tensor
+    states: Tensor
+    together: bool
 
 
 def seen_of(field: str, value: Any, config: AcConfig) -> Tensor:
@@ -64,28 +60,131 @@ def seen_of(field: str, value: Any, config: AcConfig) -> Tensor:
         raise InvalidRequest(field, None, "must be given: an image, a video, or latents")
     kind = "float32" if isinstance(value, Latents) else str(getattr(value, "dtype", ""))
     if "float" not in kind and not _nested(value):
-        return frames_of(field, value)
+        return frames_of(field, value, squares)
     found, patches, width = latents_of(field, value), config.patches, config.embed_dim
-    if not found.numel() or found.shape[-1:] != (width,) or found.numel() % (patches * width):
-        allowed = f"must be latents [frames, {patches}, {width}]"
+    whole = found.ndim == 2 or (found.ndim == 3 and (len(found) == 1 or found.shape[1] == patches))
+    if (
+        not whole
+        or not found.numel()
+        or found.shape[-1] != width
+        or found[..., 0].numel() % patches
+    ):
+        allowed = f"must be latents [frames, {patches}, {width}] or [tokens, {width}]"
         raise InvalidRequest(field, f"array {tuple(found.shape)}", allowed)
     return found.reshape(-1, patches, width)
 
 
 def goal_of(field: str, value: Any, config: AcConfig) -> Tensor:
     """A goal: frames or latents; see `seen_of`. Strings are data URLs, since clients of a server
-    must not name its files: a file is a `pathlib.Path`, or bytes."""
+    must not name its files: a file is a `pathlib.Path`, or bytes. Lists of pixels are arrays."""
     if isinstance(value, str):
         if not value.startswith("data:"):
-            allowed = "a string must be a data URL; give a file as pathlib.Path or bytes"
+            allowed = "a string must be a data URL; a file may go into images, beside the video"
             raise InvalidRequest(field, value[:80], allowed)
         value = decode_data_url(field, value)
     if field == "goal_image":
         try:
+            if isinstance(value, list):
+                numbers = np.array(value)
+                if numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() > 255:
+                    raise ValueError("must be pixels, integers from 0 to 255")
+                value = numbers.astype(np.uint8)
             return squares([rgb_of(value)])
         except ValueError as error:
             raise InvalidRequest(field, shown(value), str(error)) from None
     return seen_of(field, value, config)
+
+
+def course(actions: Tensor, states: Tensor, seen: int, horizon: int) -> Course:
+    """Split rows `[samples, T, 7]` at the last frame that was seen.
+
+    Args:
+        actions: for every frame that was seen and every step.
+        states: likewise, or for the frames that were seen: then the others follow.
+        seen: frames.
+        horizon: steps.
+
+    Raises:
+        InvalidRequest: there are too few, or they do not fit each other.
+    """
+    past, total = seen - 1, seen - 1 + horizon
+    if actions.shape[1] < total:
+        allowed = f"must be {total} for {seen} frames and {horizon} steps"
+        raise InvalidRequest("actions", f"{actions.shape[1]} rows", allowed)
+    if states.shape[1] < total and states.shape[1] != seen:
+        allowed = f"must be {total}, or {seen} from which the others follow"
+        raise InvalidRequest("states", f"{states.shape[1]} rows", allowed)
+    counts = {len(actions), len(states)} - {1}
+    if len(counts) > 1:
+        allowed = f"must be for as many candidates as actions: {len(actions)}"
+        raise InvalidRequest("states", f"{len(states)} candidates", allowed)
+    for field, given in (("actions", actions), ("states", states)):
+        if not (given[:, :past] == given[:1, :past]).all():
+            raise InvalidRequest(field, "differ", "must be the same in frames that were seen")
+    future = actions[:, past:total].expand(max(counts, default=1), -1, -1)
+    if states.shape[1] < total:
+        after = trajectory(states[:, past], future)
+    else:
+        after = states[:, past : total + 1].expand(len(future), -1, -1)
+    together = bool((states[:, past] == states[:1, past]).all())
+    return Course(actions[0, :past], states[0, :past], future, after, together)
+
+
+def paired(actions: Any, states: Any, frames: int) -> tuple[Tensor, Tensor]:
+    """One action and one state for every frame, float32 `[samples, frames, 7]`.
+
+    Raises:
+        InvalidRequest: there are more or fewer, or they do not fit each other.
+    """
+    moves = {"actions": rows("actions", actions), "states": rows("states", states)}
+    samples = max(map(len, moves.values()))
+    for field, given in moves.items():
+        if given.shape[1] != frames:
+            raise InvalidRequest(field, f"{given.shape[1]} rows", f"must be {frames}, one a frame")
+        if len(given) not in (1, samples):
+            raise InvalidRequest(field, f"{len(given)} candidates", f"must be {samples}, or one")
+    return moves["actions"].expand(samples, -1, -1), moves["states"].expand(samples, -1, -1)
+
+
+def check_frames(field: str, value: int, frames: int, config: AcConfig) -> None:
+    """Refuse more frames than the predictor knows.
+
+    Args:
+        field, value: what is too much.
+    """
+    if frames > config.max_frames:
+        allowed = f"needs {frames} frames; the model knows {config.max_frames}"
+        raise InvalidRequest(field, value, allowed)
+
+
+def rows(field: str, value: Any, width: int = 7) -> Tensor:
+    """Float32 `[samples, T, width]` of `[samples, T, width]`, `[T, width]` or `[width]`.
+
+    Raises:
+        InvalidRequest: it is missing, of another shape, or not finite.
+    """
+    if value is None:
+        raise InvalidRequest(field, None, f"must be given: rows of {width} numbers")
+    try:
+        found = array(value).astype(np.float32)
+    except ValueError as error:
+        raise InvalidRequest(field, value, str(error)) from None
+    if found.ndim not in (1, 2, 3) or found.shape[-1] != width or not found.size:
+        allowed = f"must be [T, {width}] or [samples, T, {width}]"
+        raise InvalidRequest(field, f"array {found.shape}", allowed)
+    return torch.from_numpy(found.reshape((1,) * (3 - found.ndim) + found.shape))
+
+
+def extrinsics_of(value: Any, config: AcConfig, frames: int) -> Tensor | None:
+    """Where the camera is in every frame, float32 `[frames, 6]`; None for models without."""
+    if not config.use_extrinsics:
+        if value is not None:
+            raise InvalidRequest("extrinsics", "given", "this model has no use for them")
+        return None
+    found = rows("extrinsics", value, EXTRINSICS)[0]
+    if len(found) < frames:
+        raise InvalidRequest("extrinsics", f"{len(found)} rows", f"must have {frames}, one a frame")
+    return found[:frames]
 
 
 def _nested(value: Any) -> bool:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mstar.engine.weights import load, randomize
-from mstar.errors import WeightsError
 from mstar.models.vjepa2.ac_config import AcConfig
-from mstar.models.vjepa2.ac_pixels import pixels
 from mstar.models.vjepa2.ac_predictor import AcPredictor
 from mstar.models.vjepa2.encoder import Encoder
 from mstar.models.vjepa2.layout import Published
+from mstar.models.vjepa2.preprocess import pixels
 
-__all__ = ["AcNetworks", "ac_config", "load_ac_networks"]
+__all__ = ["AcNetworks", "load_ac_networks"]
 
 
 class AcNetworks(nn.Module):
@@ -45,18 +44,6 @@ class AcNetworks(nn.Module):
         return seen.unflatten(0, (-1, self.config.patches))
 
 
-def ac_config(folder: Path) -> AcConfig:
-    """The config in a folder; the published one where there is none.
-
-    Raises:
-        WeightsError: it cannot be used.
-    """
-    try:
-        return AcConfig.from_folder(folder)
-    except (OSError, TypeError, ValueError) as error:
-        raise WeightsError(f"cannot use the config in {folder}: {error}") from error
-
-
 def load_ac_networks(
     folder: Path,
     *,
@@ -69,13 +56,13 @@ def load_ac_networks(
     """Networks with their weights, or with random ones if they are a `dummy`.
 
     Args:
-        config: `ac_config(folder)` if left out.
+        config: `AcConfig.from_folder(folder)` if left out.
 
     Raises:
         WeightsError: a file is missing or wrong, or lacks a tensor.
     """
     with torch.device("meta"):
-        networks = AcNetworks(config or ac_config(folder))
+        networks = AcNetworks(config or AcConfig.from_folder(folder))
     if dummy:
         return randomize(networks, device=device, dtype=dtype).eval()
     checkpoint = Published(folder)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mstar.engine.captured import CapturedSteps, record
 from mstar.engine.node import Node
 from mstar.models.vjepa2.ac_networks import AcNetworks
-from mstar.models.vjepa2.goals import cost
+from mstar.models.vjepa2.cem import cost
 from mstar.models.vjepa2.rollout import Finish, Rollouts, Start, Step, run_through
 
 __all__ = ["AcNodes", "Seeing", "Whole"]

@@ -12,20 +12,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mstar.errors import InvalidRequest
 from mstar.models.pi05.pending import Pending
-from mstar.models.vjepa2.ac_moves import rows
+from mstar.models.vjepa2.ac_inputs import check_frames, rows
 from mstar.models.vjepa2.ac_requests import search_of
 from mstar.models.vjepa2.latents import Latents
 
 __all__ = ["PlanningPolicy"]
 
 _SPARE = 0.1  # of a deadline, for seeing and for the way
+_CALLED = {"video": "observation.image", "goal_image": "observation.goal"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class _Config:
     chunk_size: int
     n_action_steps: int = 1
     rtc_training_max_delay: int = 0
+    rtc: Mapping[str, Any] = field(default_factory=lambda: {"execution_horizon": 1})
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class PlanningPolicy:
         self.engine = engine
         self.settings = {name: value for name, value in settings.items() if name != "goal"}
         search = search_of(engine.card.parameters.validate({"plan": True, **self.settings}))
-        self.config = _Config(search.cem.horizon)
+        horizon = search.cem.horizon
+        check_frames("horizon", horizon, horizon, engine.model.config)
+        self.config = _Config(horizon)
         self._rename = dict(rename or {})
         self._goal: Latents | None = None
         if settings.get("goal") is not None:
@@ -119,16 +123,20 @@ class PlanningPolicy:
         if deadline_ms is not None:
             settings = {"budget_ms": deadline_ms * (1 - _SPARE), **settings}
         state = rows("observation.state", given["state"])[0, -1].numpy()
-        handle = self.engine.submit(
-            video=given["image"],
-            goal_hidden=goal if isinstance(goal, Latents) else None,
-            goal_image=None if isinstance(goal, Latents) else goal,
-            states=state,
-            plan=True,
-            output_modalities=("action",),
-            stream=False,
-            **{**self.settings, **settings},
-        )
+        try:
+            handle = self.engine.submit(
+                video=given["image"],
+                goal_hidden=goal if isinstance(goal, Latents) else None,
+                goal_image=None if isinstance(goal, Latents) else goal,
+                states=state,
+                plan=True,
+                output_modalities=("action",),
+                stream=False,
+                **{**self.settings, **settings},
+            )
+        except InvalidRequest as error:
+            field = _CALLED.get(error.field, error.field)
+            raise InvalidRequest(field, error.value, error.allowed) from None
         return Pending(_as_they_are, handle, state, deadline_ms, began)
 
     def reset(self) -> None:

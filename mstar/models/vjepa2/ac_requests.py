@@ -13,10 +13,18 @@ from torch import Tensor
 from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs
 from mstar.models.vjepa2.ac_config import AcConfig
-from mstar.models.vjepa2.ac_inputs import frames_of, goal_of
-from mstar.models.vjepa2.ac_moves import Course, check_frames, course, extrinsics_of, paired, rows
+from mstar.models.vjepa2.ac_inputs import (
+    Course,
+    check_frames,
+    course,
+    extrinsics_of,
+    goal_of,
+    paired,
+    rows,
+)
 from mstar.models.vjepa2.cem import SEARCHED, Cem
-from mstar.models.vjepa2.plan import still_or_clip
+from mstar.models.vjepa2.preprocess import squares
+from mstar.models.vjepa2.requests import frames_of, still_or_clip
 
 __all__ = ["Asked", "Search", "landscape", "lay_out", "search_of", "searching"]
 
@@ -30,12 +38,14 @@ class Search:
     Args:
         noise: float32 `[iterations, horizon, samples, 4]`, or None for that of the seed.
         budget: seconds, or None.
+        cost: see `cost`.
     """
 
     cem: Cem
     noise: Tensor | None
     seed: int
     budget: float | None
+    cost: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +86,15 @@ def lay_out(
         raise InvalidRequest("output_modalities", outputs, "only plan and mpc make actions")
     if flow == "plan" and "action" not in outputs:
         raise InvalidRequest("output_modalities", outputs, "a plan is of actions: ask for action")
-    inputs, pictured = _goal_apart(inputs, params, flow)
+    aims = bool(params["mpc"] or params["plan"] or params["energy"])
+    for name in _GOALS:
+        if params[name] is not None and not aims:
+            raise InvalidRequest(name, "given", "a goal goes with mpc, plan or energy")
+    inputs, pictured = _goal_apart(inputs, params) if aims else (inputs, ())
     field, value = still_or_clip(inputs)
     first = None if flow in ("encode", "pass") else params["context_frames"]
-    frames = frames_of(field, value, params["num_frames"], first, config.num_frames)
+    count, usual = params["num_frames"], config.num_frames
+    frames = frames_of(field, value, squares, num_frames=count, usual=usual, first=first)
     if flow == "encode":
         return Asked(flow, frames, params["clip"] != "frames")
     if flow in ("plan", "energy"):
@@ -111,13 +126,17 @@ def searching(
         if params["energy"] < 2:
             raise InvalidRequest("energy", params["energy"], "must be at least 2 points")
         horizon = params["action_repeat"]
+        check_frames("action_repeat", horizon, past + horizon, config)
         future = landscape(params["energy"], params["energy_axes"], params["energy_span"], horizon)
     else:
         search = search_of(params)
         horizon = search.cem.horizon
+        check_frames("horizon", horizon, past + horizon, config)
         future = torch.zeros(1, horizon, 7)
-    check_frames("action_repeat" if search is None else "horizon", horizon, past + horizon, config)
     known = rows("actions", params["actions"])[:1, :past] if past else future[:1, :0]
+    if known.shape[1] < past:
+        allowed = f"must be {past}, those between the {past + 1} frames that were seen"
+        raise InvalidRequest("actions", f"{known.shape[1]} rows", allowed)
     known = known.expand(len(future), -1, -1)
     path = course(torch.cat([known, future], 1), states[:1, : past + 1], past + 1, horizon)
     extrinsics = extrinsics_of(params["extrinsics"], config, past + horizon)
@@ -136,7 +155,7 @@ def search_of(params: Mapping[str, Any]) -> Search:
             raise InvalidRequest("noise", f"array {noise.shape}", f"must be {list(shape)}")
         noise = torch.tensor(noise, dtype=torch.float32)
     seed = secrets.randbits(63) if seed is None else seed
-    return Search(cem, noise, seed, None if budget is None else budget / 1e3)
+    return Search(cem, noise, seed, None if budget is None else budget / 1e3, params["cost"])
 
 
 def landscape(points: int, axes: str, span: float, repeat: int) -> Tensor:
@@ -183,16 +202,13 @@ def _single(
     return Asked("pass", frames, kind == "natural", moves, extrinsics=extrinsics, goal=goal)
 
 
-def _goal_apart(
-    inputs: Inputs, params: Mapping[str, Any], flow: str
-) -> tuple[Inputs, Sequence[Any]]:
-    """What is seen, and the images that show the goal: those beside a video or, where a goal is
-    needed and not given otherwise, the last of several images."""
+def _goal_apart(inputs: Inputs, params: Mapping[str, Any]) -> tuple[Inputs, Sequence[Any]]:
+    """What is seen, and the images that show the goal: those beside a video or, where it is not
+    given otherwise, the last of several images."""
     images = list(inputs.images)
     if inputs.video:
         return Inputs(video=inputs.video), images
-    given = any(params[name] is not None for name in _GOALS)
-    if len(images) > 1 and not given and (params["mpc"] or flow in ("plan", "energy")):
+    if len(images) > 1 and all(params[name] is None for name in _GOALS):
         return Inputs(images=images[:-1]), images[-1:]
     return inputs, ()
 

@@ -1,219 +1,205 @@
-"""What V-JEPA 2-AC can do, as coroutines above its nodes: see, predict, imagine, score, plan."""
+"""V-JEPA 2-AC as functions: latents stay on the device, to be used as often as one likes.
+
+with Engine("vjepa2_ac") as engine:
+    goal = engine.encode(goal_image)
+    while True:
+        image, pose = robot.observe()
+        robot.move(engine.plan(image, goal, pose).actions[0])
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+import time
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from mstar.engine.traps import gather
-from mstar.models.vjepa2.ac_nodes import AcNodes, Seeing, Whole
-from mstar.models.vjepa2.ac_predictor import Frames
-from mstar.models.vjepa2.ac_requests import Asked, Search
-from mstar.models.vjepa2.cem import SEARCHED
-from mstar.models.vjepa2.planner_budget import Budget
-from mstar.models.vjepa2.poses import trajectory
-from mstar.models.vjepa2.rollout import Finish, Rollouts, Start, Step
+from mstar.models.parameters import Parameters
+from mstar.models.vjepa2.ac_flows import Found
+from mstar.models.vjepa2.ac_inputs import (
+    check_frames,
+    course,
+    extrinsics_of,
+    paired,
+    rows,
+    seen_of,
+)
+from mstar.models.vjepa2.ac_requests import Asked, searching
+from mstar.models.vjepa2.card_ac import PLANNING
+from mstar.models.vjepa2.latents import Latents
+from mstar.models.vjepa2.preprocess import squares
+from mstar.models.vjepa2.requests import frames_of
 
-__all__ = ["Found", "WorldModel"]
+__all__ = ["AcWorld", "Plan", "Rollout"]
+
+_PLANNING = Parameters("plan", PLANNING)
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What a search came to.
+class Rollout:
+    """What comes of actions.
+
+    Args:
+        latents: `[horizon, patches, embed_dim]`, of several candidates `[samples, horizon, ...]`.
+        states: before each action and, where they follow from the actions, after the last one:
+            float32 `[horizon (+ 1), 7]`, or with candidates before that.
+    """
+
+    latents: Latents
+    states: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Actions, and how they were found.
 
     Args:
         actions: float32 `[horizon, 7]`.
-        costs: of the candidates of each iteration, `[samples]`; a last one that was cut short has
-            fewer.
-        states: that the actions lead through, float32 `[1, horizon + 1, 7]`.
+        costs: of the candidates of each iteration, float32 `[samples]`; of one that the budget cut
+            short, of fewer.
+        states: that the actions lead through, float32 `[horizon + 1, 7]`.
+        latents: that they lead to, `[horizon, patches, embed_dim]`, if asked for.
+        seconds: that the call took.
     """
 
-    actions: Tensor
-    costs: list[Tensor]
-    states: Tensor
+    actions: np.ndarray
+    costs: list[np.ndarray]
+    states: np.ndarray
+    latents: Latents | None
+    seconds: float
 
 
-class WorldModel(AcNodes):
-    """The flows through the nodes.
+class AcWorld:
+    """`encode`, `predict`, `rollout` and `plan` of the Engine.
 
-    Frames are uint8 `[frames, 3, side, side]`. Latents are `[frames, patches, embed_dim]`, on the
-    device. Where a flow sees something, it may be either.
+    Contexts and goals are frames (a video, an image, an array), or `Latents` of `encode`.
     """
 
-    async def see(self, seen: Tensor, clip: bool = False) -> Tensor:
-        """The latents of frames; latents as they are."""
-        if seen.dtype == torch.uint8:
-            return await self.encode(Seeing(seen, clip))
-        return seen.to(self.device)
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.config, self.world = engine.model.config, engine.model.world
 
-    async def one_pass(
+    def encode(self, frames: Any, *, clip: bool = False, num_frames: int | None = None) -> Latents:
+        """Latents `[frames, patches, embed_dim]`.
+
+        Args:
+            clip: of the frames as one clip, two a token and not normed, and not of each by itself.
+            num_frames: so many frames, evenly spread; by default all, of files at most as many as
+                in training.
+
+        Raises:
+            InvalidRequest: there is nothing to see.
+        """
+        count = self.engine.card.parameters.validate({"num_frames": num_frames})["num_frames"]
+        usual = self.config.num_frames
+        seen = frames_of("frames", frames, squares, num_frames=count, usual=usual)
+        return Latents(self.engine.run(lambda _: self.world.see(seen, clip)))
+
+    def predict(
+        self, context: Any, actions: Any, states: Any, *, extrinsics: Any = None
+    ) -> Latents:
+        """What follows each frame of the context, `[frames, patches, embed_dim]`, not normed; of
+        several candidates `[samples, frames, ...]`.
+
+        Args:
+            actions, states: `[frames, 7]`, or of candidates `[samples, frames, 7]`.
+            extrinsics: `[frames, 6]`, of models trained with them.
+
+        Raises:
+            InvalidRequest: they do not fit each other.
+        """
+        seen = seen_of("context", context, self.config)
+        check_frames("context", f"{len(seen)} frames", len(seen), self.config)
+        moves = paired(actions, states, len(seen))
+        cameras = extrinsics_of(extrinsics, self.config, len(seen))
+
+        async def walk(_: Any) -> Tensor:
+            return await self.world.one_pass(await self.world.see(seen), *moves, cameras)
+
+        return Latents(_like(actions, self.engine.run(walk)))
+
+    def rollout(self, context: Any, actions: Any, state: Any, *, extrinsics: Any = None) -> Rollout:
+        """What the camera will see after each action.
+
+        Args:
+            actions: `[steps, 7]`, or of candidates `[samples, steps, 7]`; of a context of several
+                frames, first those between its frames.
+            state: the pose, `[7]`, of each frame of the context; or of every step, too.
+            extrinsics: `[steps, 6]`, of models trained with them.
+
+        Raises:
+            InvalidRequest: they do not fit each other, or are too many for the model.
+        """
+        seen = seen_of("context", context, self.config)
+        given, past = rows("actions", actions), len(seen) - 1
+        horizon = max(1, given.shape[1] - past)
+        check_frames("actions", given.shape[1], past + horizon, self.config)
+        path = course(given, rows("state", state), len(seen), horizon)
+        cameras = extrinsics_of(extrinsics, self.config, past + horizon)
+
+        asked = Asked("rollout", seen, course=path, extrinsics=cameras)
+
+        async def walk(_: Any) -> Tensor:
+            rollouts, _ = await self.world.begin(asked)
+            return await self.world.imagine(rollouts, path.actions, path.states)
+
+        found = self.engine.run(walk)
+        return Rollout(Latents(_like(actions, found)), _like(actions, path.states).numpy())
+
+    def plan(
         self,
-        latents: Tensor,
-        actions: Tensor,
-        states: Tensor,
-        extrinsics: Tensor | None = None,
-        finish: Finish | None = None,
-    ) -> Tensor:
-        """What follows each of the frames, for several candidates: latents `[samples, frames,
-        patches, embed_dim]`, not normed.
+        context: Any,
+        goal: Any,
+        state: Any,
+        *,
+        actions: Any = None,
+        extrinsics: Any = None,
+        latents: bool = False,
+        **settings: Any,
+    ) -> Plan:
+        """Search for the actions that make the camera see the goal, by the cross-entropy method.
 
         Args:
-            actions, states: float32 `[samples, frames, 7]`.
-            extrinsics: float32 `[frames, 6]`.
-            finish: makes something else of hidden states.
+            goal: one frame.
+            state: the pose, `[7]`; of each frame of the context.
+            actions: between the frames of a context of several.
+            extrinsics: `[frames and steps, 6]`, of models trained with them.
+            latents: what the plan leads to, too; on top of the budget.
+            **settings: `samples`, `horizon`, `iterations`, `topk`, `maxnorm`, `momentum_mean`,
+                `momentum_std`, `momentum_mean_gripper`, `momentum_std_gripper`, `axis`,
+                `close_gripper`, `noise` `[iterations, horizon, samples, 4]`, `seed`, `cost`, and
+                `budget_ms`, after which the best plan so far is taken: see `Cem`.
+
+        Raises:
+            InvalidRequest: something is wrong, or too much for the model.
         """
-        if extrinsics is not None:
-            extrinsics = self.here(extrinsics)[None]
-        actions, states, found = self.here(actions), self.here(states), []
-        for part in self._parts(len(actions), actions.shape[1], 0):
-            frames = Frames(latents[None], actions[part], states[part], extrinsics)
-            found.append(await self.predict(Step(frames, finish or self.predictor.latents)))
-        return torch.cat(found)
+        began = time.monotonic()
+        params = {**_PLANNING.validate(settings), "actions": actions, "extrinsics": extrinsics}
+        seen = seen_of("context", context, self.config)
+        asked = searching(
+            seen, rows("state", state), seen_of("goal", goal, self.config), params, self.config
+        )
 
-    async def begin(self, asked: Asked) -> tuple[Rollouts, Tensor | None]:
-        """Rollouts from what is seen, for `imagine`, `score` and `plan`, and the goal `[patches,
-        embed_dim]`, if there is one."""
-        path, seen = asked.course, [asked.seen, *([] if asked.goal is None else [asked.goal])]
-        latents, *goals = await gather(*map(self.see, seen))
-        given = (path.past_actions, path.past_states, asked.extrinsics)
-        known = (None if each is None else self.here(each) for each in given)
-        rollouts = Rollouts(self.predictor, Start(latents, *known, path.together))
-        await self._walk(rollouts.prefix())
-        return rollouts, goals[0][-1] if goals else None
+        async def walk(_: Any) -> tuple[Found, Tensor | None]:
+            rollouts, target = await self.world.begin(asked)
+            found = await self.world.plan(asked, rollouts, target, began)
+            planned = found.actions.unsqueeze(0)
+            if not latents:
+                return found, None
+            return found, await self.world.imagine(rollouts, planned, found.states)
 
-    async def imagine(
-        self,
-        rollouts: Rollouts,
-        actions: Tensor,
-        states: Tensor,
-        each: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """Latents `[samples, horizon, patches, embed_dim]` after each action, normed.
+        found, imagined = self.engine.run(walk)
+        return Plan(
+            found.actions.cpu().numpy(),
+            [costs.cpu().numpy() for costs in found.costs],
+            found.states[0].cpu().numpy(),
+            None if imagined is None else Latents(imagined[0]),
+            time.monotonic() - began,
+        )
 
-        Args:
-            actions: float32 `[samples, horizon, 7]`.
-            states: before each action, float32 `[samples, horizon or more, 7]`.
-            each: is given the latents `[samples, patches, embed_dim]` of every step as soon as
-                they are there, if all samples fit into one batch.
-        """
-        parts = list(self._parts(len(actions), 1, rollouts.start.past + actions.shape[1]))
-        tell = each if len(parts) == 1 else None
-        found = []
-        for part in parts:
-            if tell is None and self._capturing(rollouts):
-                given = self.here(actions[part]), self.here(states[part])
-                found.append(await self.whole(Whole(rollouts.start, *given)))
-                continue
-            steps: list[Tensor] = []
 
-            def keep(latents: Tensor, steps: list[Tensor] = steps) -> None:
-                steps.append(latents[:, 0])
-                if tell is not None:
-                    tell(steps[-1])
-
-            todo = rollouts.roll(self.here(actions[part]), self.here(states[part]))
-            await self._walk(todo, keep)
-            found.append(torch.stack(steps, 1))
-        whole = torch.cat(found)
-        if each is not None and tell is None:
-            for latents in whole.unbind(1):
-                each(latents)
-        return whole
-
-    async def score(
-        self,
-        rollouts: Rollouts,
-        actions: Tensor,
-        states: Tensor,
-        goal: Tensor,
-        kind: str = "l1",
-        clock: Budget | None = None,
-    ) -> Tensor:
-        """How far from the goal the actions lead, float32 `[samples]`; of the first samples only,
-        if the clock says so.
-
-        Args:
-            actions, states: see `imagine`.
-            goal: `[patches, embed_dim]`.
-            kind: see `cost`.
-        """
-        size = self.size(1, rollouts.start.past + actions.shape[1])
-        found, done = [], 0
-        while done < len(actions):
-            count = min(size, len(actions) - done)
-            if clock is not None and (count := clock.fits(count)) and self._capturing(rollouts):
-                count = 1 << (count.bit_length() - 1)  # so that there are few shapes
-            if not count:
-                break
-            part = slice(done, done + count)
-            given = self.here(actions[part]), self.here(states[part])
-            if self._capturing(rollouts):
-                call = Whole(rollouts.start, *given, goal, kind)
-                found.append(await self.whole(call))
-            else:
-                steps = rollouts.roll(*given, self.cost(goal, kind))
-                found.append(await self._walk(steps))
-            done += count
-            if clock is not None:
-                clock.took(count, self.device)
-        return torch.cat(found) if found else torch.empty(0, device=self.device)
-
-    async def plan(self, asked: Asked, rollouts: Rollouts, goal: Tensor, began: float) -> Found:
-        """Search for the actions that lead to the goal.
-
-        Args:
-            rollouts, goal: of `begin`.
-            began: when the budget began, of `time.monotonic`.
-        """
-        search, cem = asked.search, asked.search.cem
-        clock = None if search.budget is None else Budget(began + search.budget, cem.topk)
-        mean, std = cem.start(self.device)
-        state, costs = self.here(asked.course.states[:, 0]), []
-        for noise in self._noise(search):
-            actions = cem.candidates(mean, std, noise)
-            states = trajectory(state, actions[:, :-1])
-            scored = await self.score(rollouts, actions, states, goal, clock=clock)
-            if len(scored) >= cem.topk:
-                mean, std = cem.update(mean, std, actions[: len(scored)], scored)
-                costs.append(scored)
-            if len(scored) < cem.samples:
-                break
-        actions = cem.plan(mean)
-        return Found(actions, costs, trajectory(state, actions.unsqueeze(0)))
-
-    def _noise(self, search: Search) -> Iterator[Tensor]:
-        """Normal noise for every iteration; that of a seed is drawn on the device."""
-        if search.noise is not None:
-            yield from map(self.here, search.noise)
-            return
-        cem, generator = search.cem, torch.Generator(self.device).manual_seed(search.seed)
-        for _ in range(cem.iterations):
-            shape = cem.horizon, cem.samples, SEARCHED
-            yield torch.randn(shape, generator=generator, device=self.device)
-
-    # -- how -----------------------------------------------------------------------------------
-
-    async def _walk(
-        self, steps: Generator[Step, Tensor, Tensor], each: Callable[[Tensor], None] | None = None
-    ) -> Tensor | None:
-        """Run steps; what they return."""
-        try:
-            step = next(steps)
-            while True:
-                found = await self.predict(step)
-                if each is not None:
-                    each(found)
-                step = steps.send(found)
-        except StopIteration as end:
-            return end.value
-
-    def _capturing(self, rollouts: Rollouts) -> bool:
-        start = rollouts.start
-        return self.captured is not None and not start.past and start.extrinsics is None
-
-    def _parts(self, samples: int, frames: int, cached: int) -> Iterator[slice]:
-        size = self.size(frames, cached)
-        return (slice(first, first + size) for first in range(0, samples, size))
+def _like(actions: Any, found: Tensor) -> Tensor:
+    """`[samples, ...]`, or without that dimension if the actions had none."""
+    return found if np.ndim(actions) == 3 or len(found) > 1 else found[0]

@@ -17,7 +17,10 @@ def _axis(value: Any) -> dict[int, float]:
     """`{index: value}`; JSON has strings as keys."""
     if not isinstance(value, Mapping):
         raise ValueError
-    return {int(index): float(number) for index, number in value.items()}
+    try:
+        return {int(index): float(number) for index, number in value.items()}
+    except ValueError:
+        raise ValueError from None  # in the words of the parameter
 
 
 def _anything(value: Any) -> Any:
@@ -28,9 +31,9 @@ _ROWS = {"nullable": True, "accepts": "rows of 7 numbers, [T, 7] or [candidates,
 _SHARE = {"low": 0, "high": 1}
 # Of `Engine.plan` as well; without a default they are the planner's own.
 PLANNING = [
-    Parameter("samples", int, 400, low=2, help="candidates of an iteration"),
+    Parameter("samples", int, 400, low=2, high=100_000, help="candidates of an iteration"),
     Parameter("horizon", int, 2, low=1, help="actions of a plan"),
-    Parameter("iterations", int, 10, low=1, help="of the search"),
+    Parameter("iterations", int, 10, low=1, high=10**6, help="of the search"),
     Parameter("topk", int, 10, low=2, help="the best candidates, of which the next are made"),
     Parameter("maxnorm", float, 0.05, low=0, low_open=True, high=10, help="metres along x, y, z"),
     Parameter("momentum_mean", float, 0.15, help="how much of the last mean stays", **_SHARE),
@@ -64,6 +67,7 @@ PLANNING = [
         nullable=True,
         help="milliseconds, after which the best plan so far is taken",
     ),
+    Parameter("cost", str, "l1", choices=("l1", "l2", "cosine"), help="how far from the goal"),
 ]
 
 PARAMETERS = Parameters(
@@ -110,7 +114,7 @@ PARAMETERS = Parameters(
             "goal_image",
             _anything,
             nullable=True,
-            accepts="an image: bytes, a pathlib.Path, an array or a data URL",
+            accepts="an image: bytes, a pathlib.Path, an array, lists of pixels, or a data URL",
             help="how it is to look; images beside a video are the same",
         ),
         Parameter(
@@ -121,7 +125,6 @@ PARAMETERS = Parameters(
             help="latents of the goal, or a handle of Engine.encode",
         ),
         Parameter("goal_hidden_fill", float, nullable=True, help="all of a test goal's latents"),
-        Parameter("cost", str, "l1", choices=("l1", "l2", "cosine"), help="of candidates"),
         Parameter(
             "return_latents",
             bool,

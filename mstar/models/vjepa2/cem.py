@@ -1,21 +1,25 @@
-"""The cross-entropy method over actions (V-JEPA 2, arXiv 2506.09985, section 4.2).
+"""The cross-entropy method over actions (V-JEPA 2, arXiv 2506.09985, section 4.2), the cost that it
+lowers, and the clock that it keeps to.
 
 Candidates are drawn around a mean; the best of them make the next mean. Only x, y, z and the
-gripper are searched. A plan is a function of the noise. Nothing here asks a tensor for its value,
-so all of it stays on the device.
+gripper are searched. A plan is a function of the noise. Nothing but the clock asks a tensor for its
+value, so all of it stays on the device.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from mstar.engine.kernels.l1_cost import l1_cost
 from mstar.errors import InvalidRequest
 
-__all__ = ["SEARCHED", "Cem"]
+__all__ = ["SEARCHED", "Budget", "Cem", "cost"]
 
 SEARCHED = 4  # numbers of an action: x, y, z, gripper
 _MOST_GRIPPER, _LEAST_GRIPPER = 0.75, 0.25
@@ -95,16 +99,28 @@ class Cem:
             actions[:, self.close_gripper :, 6] = 1.0
         return actions
 
+    def places(self, count: int, first: bool) -> int:
+        """How many of the best make the next mean after `count` candidates; 0 for none.
+
+        In an iteration that was cut short, two must compete for a place: otherwise the mean would
+        move by chance. In the first one few places are better than no plan.
+        """
+        if count == self.samples:
+            return self.topk
+        places = min(self.topk, count // 2)
+        return places if places == self.topk or (first and places > 1) else 0
+
     def update(
-        self, mean: Tensor, std: Tensor, actions: Tensor, costs: Tensor
+        self, mean: Tensor, std: Tensor, actions: Tensor, costs: Tensor, places: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean and deviation after an iteration.
 
         Args:
             actions: of the candidates, `[samples, horizon, 7]`.
             costs: theirs, `[samples]`.
+            places: instead of `topk`.
         """
-        best = actions[costs.topk(self.topk, largest=False).indices]
+        best = actions[costs.topk(places or self.topk, largest=False).indices]
         best = torch.cat([best[..., :3], best[..., 6:]], -1)
         keep = torch.full_like(mean[0], self.momentum_mean)
         keep[3] = self.momentum_mean_gripper
@@ -118,6 +134,55 @@ class Cem:
         found = _actions(mean)
         found[:, 6].masked_fill_(found[:, 6].abs() < _LEAST_GRIPPER, 0.0)
         return found
+
+
+class Budget:
+    """How many samples can still be scored, with as much to spare as the first batch took: even a
+    batch of few samples takes its time, no two take the same, and the plan is to be handed over.
+
+    Args:
+        deadline: of `time.monotonic`.
+        first: samples of the first batch, from which the rest is reckoned.
+    """
+
+    def __init__(self, deadline: float, first: int) -> None:
+        self.deadline, self.first = deadline, first
+        self._began = 0.0
+        self._each = 0.0  # seconds
+        self._spare = 0.0
+
+    def fits(self, count: int) -> int:
+        """So many of `count` samples."""
+        self._began = time.monotonic()
+        left = self.deadline - self._began
+        if not self._each:
+            return min(count, self.first) if left > 0 else 0
+        return max(0, min(count, int((left - self._spare) / self._each)))
+
+    def took(self, count: int, device: torch.device) -> None:
+        """So many samples were given to the device, and are waited for."""
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        seconds = time.monotonic() - self._began
+        self._each, self._spare = seconds / count, self._spare or seconds
+
+
+def cost(latents: Tensor, goal: Tensor, kind: str, eps: float | None) -> Tensor:
+    """How far latents `[samples, tokens, embed_dim]` are from a goal, float32 `[samples]`.
+
+    Args:
+        kind: `"l1"`, mean absolute difference; `"l2"`, mean square; or `"cosine"`, 1 - that of all
+            numbers of a sample.
+        eps: of the layer norm before; None for none.
+    """
+    if kind == "l1":
+        return l1_cost(latents, goal, eps)
+    found, goal = latents.float(), goal.float()
+    if eps is not None:
+        found = F.layer_norm(found, found.shape[-1:], eps=eps)
+    if kind == "l2":
+        return (found - goal).square_().mean((1, 2))
+    return 1 - torch.cosine_similarity(found.flatten(1), goal.flatten()[None])
 
 
 def _actions(searched: Tensor) -> Tensor:

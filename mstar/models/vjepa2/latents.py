@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mstar.engine.request import Request
 from mstar.errors import InvalidRequest
 
-__all__ = ["Latents", "latents_of"]
+__all__ = ["Latents", "give", "latents_of"]
 
 
 class Latents:
@@ -32,6 +33,10 @@ class Latents:
         """The latents, float32."""
         return self.tensor.float().cpu().numpy()
 
+    def __getitem__(self, index: Any) -> Latents:
+        """A handle on some of them: frames of a clip, say."""
+        return Latents(self.tensor[index])
+
     def __len__(self) -> int:
         return len(self.tensor)
 
@@ -40,6 +45,12 @@ class Latents:
 
     def __repr__(self) -> str:
         return f"Latents(shape={list(self.shape)})"
+
+
+def give(request: Request, latents: Tensor, **metadata: Any) -> None:
+    """Emit latents as float32, with their shape in the metadata."""
+    array = latents.float().cpu().numpy()
+    request.emit_latents(array, dtype="float32", shape=list(array.shape), **metadata)
 
 
 def latents_of(field: str, value: Any) -> Tensor:

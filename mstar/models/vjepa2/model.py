@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from mstar.engine.node import Node
 from mstar.engine.request import Request
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.base import Inputs, Model, Setup
+from mstar.models.vjepa2.latents import give
 from mstar.models.vjepa2.networks import VJEPA2, find_config, load_networks
-from mstar.models.vjepa2.plan import Asked, Masks, Seen, frames_of, masks_of, still_or_clip
-from mstar.models.vjepa2.preprocess import PixelRule, normalise, pixel_rule
+from mstar.models.vjepa2.preprocess import PixelRule, cropped, normalise, pixel_rule
+from mstar.models.vjepa2.requests import Asked, Masks, Seen, frames_of, masks_of, still_or_clip
 
 __all__ = ["VJepa2"]
 
@@ -135,7 +137,7 @@ class VJepa2(Model):
         return frames_of(
             field,
             value,
-            self.rule,
+            partial(cropped, rule=self.rule),
             num_frames=num_frames,
             fps=fps,
             usual=self.config.frames_per_clip,
@@ -170,7 +172,7 @@ class VJepa2(Model):
         if not plan.latents:
             return "stop"
         if params["skip_predictor"]:
-            self._give(request, tokens)
+            give(request, tokens[None])
         elif params["rollout_horizon"] > 1:
             await self._rollout(request, tokens)
         else:
@@ -178,7 +180,7 @@ class VJepa2(Model):
                 asked = self.asked(tokens, masks)
             else:
                 asked = Asked(tokens, masks.context, masks.targets)
-            self._give(request, await self.predict(asked))
+            give(request, (await self.predict(asked))[None])
         return "stop"
 
     async def _rollout(self, request: Request, tokens: Tensor) -> None:
@@ -191,11 +193,11 @@ class VJepa2(Model):
             found = await self.predict(Asked(tokens, ids, targets))
             tokens = torch.cat([tokens[count:], found])  # numbered from 0 again
             if params["stream_rollout"]:
-                self._give(request, found)
+                give(request, found[None])
             else:
                 steps.append(found)
         for found in steps:
-            self._give(request, found)
+            give(request, found[None])
 
     def asked(self, tokens: Tensor, masks: Masks | None) -> Asked:
         """What the predictor is asked about a whole clip's tokens `[tokens, hidden]`; without masks
@@ -204,10 +206,6 @@ class VJepa2(Model):
             ids = torch.arange(len(tokens))
             return Asked(tokens, ids, ids)
         return Asked(tokens[masks.context.to(self.device)], masks.context, masks.targets)
-
-    def _give(self, request: Request, latents: Tensor) -> None:
-        array = latents.float().unsqueeze(0).cpu().numpy()
-        request.emit_latents(array, dtype="float32", shape=list(array.shape))
 
     def _tell(self, request: Request, logits: Tensor, count: int) -> None:
         scores, order = logits.float().softmax(-1).cpu().sort(descending=True, stable=True)

@@ -12,11 +12,12 @@ from mstar.engine.node import Node
 from mstar.engine.request import Request
 from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs, Model, Setup
+from mstar.models.vjepa2.ac_flows import WorldModel
 from mstar.models.vjepa2.ac_networks import AcNetworks, load_ac_networks
 from mstar.models.vjepa2.ac_nodes import Seeing
 from mstar.models.vjepa2.ac_requests import Asked, lay_out
-from mstar.models.vjepa2.ac_world import WorldModel
-from mstar.models.vjepa2.goals import cost
+from mstar.models.vjepa2.cem import cost
+from mstar.models.vjepa2.latents import give
 from mstar.models.vjepa2.rollout import Rollouts
 
 __all__ = ["VJepa2Ac"]
@@ -59,7 +60,7 @@ class VJepa2Ac(Model):
         asked: Asked = request.inputs
         if asked.flow == "encode":
             seen = await self.world.see(asked.seen, asked.clip)
-            _give(request, seen.flatten(0, 1)[None])
+            give(request, seen.flatten(0, 1)[None])
         elif asked.flow == "pass":
             await self._pass(request, asked)
         else:
@@ -73,7 +74,7 @@ class VJepa2Ac(Model):
         latents = await world.see(asked.seen, asked.clip)
         if asked.goal is None:
             found = await world.one_pass(latents, *asked.moves, asked.extrinsics)
-            _give(request, found.flatten(1, 2), name="predicted")
+            give(request, found.flatten(1, 2), name="predicted")
             return
         goal = (await world.see(asked.goal, asked.clip)).flatten(0, 1)  # one frame is the last
         eps = None if asked.clip else self.config.reps_layer_norm_eps
@@ -97,7 +98,7 @@ class VJepa2Ac(Model):
         step = iter(range(1, asked.course.actions.shape[1] + 1))
 
         def each(latents: Tensor) -> None:
-            _give(request, latents, name="predicted", step=next(step))
+            give(request, latents, name="predicted", step=next(step))
 
         path, tell = asked.course, each if request.params["stream_rollout"] else None
         found = await self.world.imagine(rollouts, path.actions, path.states, tell)
@@ -125,7 +126,7 @@ class VJepa2Ac(Model):
         path, params = asked.course, request.params
         costs = await self.world.score(rollouts, path.actions, path.states, goal, params["cost"])
         grid = costs.unflatten(0, (params["energy"], -1))
-        _give(request, grid, name="energy", axes=params["energy_axes"], span=params["energy_span"])
+        give(request, grid, name="energy", axes=params["energy_axes"], span=params["energy_span"])
 
     async def _plan(self, request: Request, asked: Asked, rollouts: Rollouts, goal: Tensor) -> None:
         found = await self.world.plan(asked, rollouts, goal, request.submitted)
@@ -134,11 +135,11 @@ class VJepa2Ac(Model):
         request.emit_actions(actions, iterations=len(found.costs), **form)
         if "latent" in request.output_modalities:
             for iteration, costs in enumerate(found.costs):
-                _give(request, costs, name="costs", iteration=iteration)
+                give(request, costs, name="costs", iteration=iteration)
             if request.params["return_latents"]:
                 planned = found.actions.unsqueeze(0)
                 latents = await self.world.imagine(rollouts, planned, found.states)
-                _give(request, latents, name="predicted")
+                give(request, latents, name="predicted")
 
     def _choose(
         self, request: Request, actions: Tensor, costs: Tensor, found: Tensor | None
@@ -146,9 +147,9 @@ class VJepa2Ac(Model):
         """Give the costs of candidates, the best of them, and what they lead to."""
         best = int(costs.argmin())
         if "latent" in request.output_modalities:
-            _give(request, costs, name="costs", best_index=best)
+            give(request, costs, name="costs", best_index=best)
             if found is not None:
-                _give(request, found, name="predicted")
+                give(request, found, name="predicted")
         if "action" in request.output_modalities:
             request.emit_actions(actions[best].cpu().numpy(), best_index=best)
 
@@ -160,7 +161,7 @@ class VJepa2Ac(Model):
 
     def world_of(self, engine: Any) -> Any:
         """See `Model.world_of`: an `AcWorld`."""
-        from mstar.models.vjepa2.ac_methods import AcWorld
+        from mstar.models.vjepa2.ac_world import AcWorld
 
         return AcWorld(engine)
 
@@ -174,8 +175,3 @@ class VJepa2Ac(Model):
             allowed = "must be settings of engine.plan: {'goal': image, 'samples': 100, ...}"
             raise InvalidRequest("robot", robot, allowed)
         return PlanningPolicy(engine, robot, rename)
-
-
-def _give(request: Request, latents: Tensor, **metadata: Any) -> None:
-    array = latents.float().cpu().numpy()
-    request.emit_latents(array, dtype="float32", shape=list(array.shape), **metadata)

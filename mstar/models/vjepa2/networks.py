@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mstar.engine.weights import load, randomize
 from mstar.errors import InvalidRequest, WeightsError, nearest
@@ -40,24 +40,6 @@ class VJEPA2(nn.Module):
         if config.labels:
             sizes = config.pooler(pooler_heads)
             self.classifier = Classifier(sizes, config.num_pooler_layers, len(config.labels))
-
-    def rollout_step(
-        self, tokens: Tensor, rows: int, columns: int, frames: int, steps_ahead: int
-    ) -> tuple[Tensor, Tensor]:
-        """What comes next, and the tokens with it, moved on by as much (SPEC of anticipation as
-        published: the window's numbers begin at 0 again in every step).
-
-        Args:
-            tokens: `[batch, tokens, hidden]`.
-            frames: how many times of the grid are predicted.
-            steps_ahead: how many times lie between the window and these.
-        """
-        count, plane = tokens.shape[1], rows * columns
-        ids = torch.arange(count + plane * (steps_ahead + frames), device=tokens.device)
-        ids = ids.expand(len(tokens), -1)
-        targets = ids[:, count + plane * steps_ahead :]
-        found = self.predictor(tokens, ids[:, :count], targets, rows, columns)
-        return found, torch.cat([tokens[:, plane * frames :], found], 1)
 
 
 def find_config(folder: Path, size: str | None = None) -> VJEPA2Config:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from mstar.engine.weights import Source
 from mstar.models.vjepa2.block import Block, apply
 from mstar.models.vjepa2.config import VJEPA2Config
-from mstar.models.vjepa2.encoder import gathered
 from mstar.models.vjepa2.names import BLOCK, sources
 from mstar.models.vjepa2.rotary import grid_rotation
 
@@ -70,10 +69,3 @@ class Predictor(nn.Module):
             x = block(x, rotation)
         x = final(x, rotation, last=target_ids.shape[1])
         return apply(self.predictor_proj, self.predictor_norm(x))
-
-    def masked(
-        self, tokens: Tensor, context_ids: Tensor, target_ids: Tensor, rows: int, columns: int
-    ) -> Tensor:
-        """`forward` on those tokens of a whole clip, `[batch, tokens, hidden]`, that `context_ids`
-        names."""
-        return self(gathered(tokens, context_ids), context_ids, target_ids, rows, columns)

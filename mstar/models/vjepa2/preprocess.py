@@ -1,4 +1,5 @@
-"""Frames to pixels as published: resized and cropped in 8 bits, normalised on the device."""
+"""Frames to pixels as published: resized and cropped in 8 bits, normalised on the device; for the
+planner, squares that are resized there, without a margin and without antialiasing."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mstar.models.fields import check_sizes, read_object
 
-__all__ = ["PixelRule", "cropped", "normalise", "pixel_rule"]
+__all__ = ["PixelRule", "cropped", "normalise", "pixel_rule", "pixels", "squares"]
 
 _MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as published
 _STD = (0.229, 0.224, 0.225)
@@ -94,6 +95,31 @@ def normalise(
     """Pixels float32 of frames `[..., 3, height, width]`, 0 to 255, on their device."""
     shift, scale = _colours(mean, std, frames.device)
     return (frames.float() - shift) / scale
+
+
+def squares(images: Iterable[Image.Image]) -> Tensor:
+    """The squares at the centre of frames of one size, uint8 `[frames, 3, side, side]`.
+
+    Raises:
+        ValueError: there are no frames, or their sizes differ.
+    """
+    found = []
+    for image in images:
+        height, width = image.height, image.width
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        found.append(np.array(image)[top : top + side, left : left + side])
+    if len({frame.shape for frame in found}) != 1:
+        raise ValueError("frames differ in size" if found else "there are no frames")
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
+
+
+def pixels(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Normalised pixels float32 `[frames, 3, height, width]` of frames uint8, on their device."""
+    x = frames.float()
+    if x.shape[-2:] != size:
+        x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    return normalise(x)
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mstar.errors import InvalidRequest
 from mstar.models.vjepa2.latents import Latents, latents_of
-from mstar.models.vjepa2.plan import Seen
+from mstar.models.vjepa2.requests import Seen
 
 __all__ = ["World"]
 

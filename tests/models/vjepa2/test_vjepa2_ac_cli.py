@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
-from vjepa2_ac_data import ARRAYS
+from vjepa2_ac_data import ARRAYS, close
 
 from mstar import Engine, MStarClient, cli
 from mstar.http.app import create_app
@@ -82,6 +82,14 @@ def test_the_same_requests_over_http():
             seed=1,
             output_modalities=("action", "latent"),
         )
+        chosen = MStarClient(site.url).generate(
+            video=("clip.png", clip),
+            mpc=True,
+            actions=ARRAYS["clip_mpc_actions"],
+            states=ARRAYS["clip_mpc_states"],
+            goal_hidden=ARRAYS["clip_mpc_goal_hidden"],
+            output_modalities=("video",),
+        )
         refused = site.post(
             data={"model_kwargs": json.dumps({**asked, "rollout_horizon": 9})},
             files={"files": ("clip.png", clip)},
@@ -98,5 +106,8 @@ def test_the_same_requests_over_http():
     assert last["metadata"]["finish_reason"] == "stop"
     assert planned.actions.shape == (2, 7)
     assert [costs.shape for costs in planned.latents] == [(8,)] * 10
+    assert chosen.raw[0].metadata["best_index"] == ARRAYS["clip_mpc_costs_l1"].argmin()
+    close(chosen.latents[0], "clip_mpc_costs_l1", 1e-5)
+    close(chosen.latents[1], "clip_mpc_predicted")
     assert refused.status_code == 400
     assert "rollout_horizon" in refused.text

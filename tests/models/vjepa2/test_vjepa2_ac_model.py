@@ -14,6 +14,7 @@ from vjepa2_ac_data import ARRAYS, SEARCHES, TINY, close
 
 from mstar import Engine, InvalidRequest, RequestCancelled
 from mstar.engine.captured import CapturedSteps
+from mstar.models.vjepa2.cem import Budget, Cem
 from tests.recording import replays
 
 CLIP, POSES, MOVES = ARRAYS["frames_u8"], ARRAYS["poses"][0], ARRAYS["pose_diffs"][0]
@@ -117,13 +118,15 @@ def test_rollouts_with_states_given_and_integrated(engine, given, stream):
 
 @pytest.mark.parametrize("latents", [False, True])
 def test_candidates_are_scored_on_rollouts(engine, latents):
+    """The goal in both forms that JSON has for images."""
+    url = "data:image/png;base64," + base64.b64encode(png(CLIP[5])).decode()
     result = engine.generate(
         video=CLIP,
         actions=ARRAYS["score_actions"],
         states=POSES[0],
         mpc=True,
         rollout_horizon=2,
-        goal_image="data:image/png;base64," + base64.b64encode(png(CLIP[5])).decode(),
+        goal_image=url if latents else CLIP[5].tolist(),
         return_latents=latents,
     )
     close(result.latents[0], "score_costs_l1", 1e-5)
@@ -193,6 +196,7 @@ def test_encode_and_predict(engine):
     reps = engine.encode(list(CLIP))
     assert reps.shape == (6, 16, 66)
     close(np.asarray(reps).reshape(1, 96, 66), "reps")
+    assert np.array_equal(reps[2:4].numpy(), reps.numpy()[2:4])
     natural = engine.encode(CLIP, clip=True)
     close(natural.numpy().reshape(1, 48, 66), "natural_clip_encoder_out")
     found = engine.predict(natural, **CANDIDATES)
@@ -219,6 +223,18 @@ def test_plan(engine, context, goal, name):
     imagined = engine.rollout(context, plan.actions, POSES[0])
     np.testing.assert_allclose(plan.latents, imagined.latents, atol=1e-5)
     np.testing.assert_allclose(plan.states, imagined.states, atol=1e-6)
+
+
+def test_a_plan_may_lower_another_cost(engine, context, goal):
+    asked = {**SEARCHES["notebook"], "cost": "l2"}
+    plan = engine.plan(context, goal, POSES[0], **asked)
+    request = {"video": CLIP[:1], "goal_hidden": goal, "states": POSES[0], "plan": True}
+    assert np.array_equal(engine.act(**request, **asked), plan.actions)
+    first = Cem(**{n: asked[n] for n in ("samples", "horizon", "maxnorm")})
+    actions = first.candidates(*first.start(torch.device("cpu")), torch.tensor(asked["noise"][0]))
+    found = engine.rollout(context, actions.numpy(), POSES[0]).latents.numpy()[:, -1]
+    expected = ((found - goal.numpy()[0]) ** 2).mean((1, 2))
+    np.testing.assert_allclose(plan.costs[0], expected, atol=1e-5)
 
 
 def test_a_plan_does_not_depend_on_how_its_samples_are_batched(engine, context, goal, monkeypatch):
@@ -273,19 +289,52 @@ def test_captured_rollouts_and_plans_are_those_of_single_steps(engine, captured)
 
 
 def test_a_budget_gives_the_best_plan_so_far(engine, context, goal, monkeypatch):
-    """The clock allows 10 + 10 candidates, then 10 + 2: the last iteration is cut short."""
-    allowed = iter([10, 10, 10, 2, 0])
-    budget = "mstar.models.vjepa2.planner_budget.Budget.fits"
+    """The clock allows 10 + 15 candidates, then 10 + 2: the last iteration is cut short."""
+    allowed = iter([10, 15, 10, 2, 0])
+    budget = "mstar.models.vjepa2.cem.Budget.fits"
     monkeypatch.setattr(budget, lambda self, count: min(count, next(allowed)))
-    noise = SEARCHES["notebook"]["noise"][:, :, :20]
-    asked = {**SEARCHES["notebook"], "noise": noise, "samples": 20, "topk": 10}
+    asked = {**SEARCHES["notebook"], "topk": 6}
     plan = engine.plan(context, goal, POSES[0], budget_ms=1e6, **asked)
-    assert [len(costs) for costs in plan.costs] == [20, 12]
+    assert [len(costs) for costs in plan.costs] == [25, 12]
     monkeypatch.undo()
-    asked |= {"noise": noise[:1], "iterations": 1}
+    asked |= {"noise": asked["noise"][:1], "iterations": 1}
     one = engine.plan(context, goal, POSES[0], **asked)
     np.testing.assert_allclose(plan.costs[0], one.costs[0], atol=1e-6)
     assert not np.array_equal(plan.actions, one.actions)
+
+
+@pytest.mark.parametrize(("allowed", "places"), [((25, 11, 0), 6), ((8, 0), 4), ((3, 0), 0)])
+def test_too_few_candidates_do_not_move_a_plan_by_chance(
+    engine, context, goal, monkeypatch, allowed, places
+):
+    """Two have to compete for each place of the best: an iteration that was cut short is left out,
+    but for a first one, of which fewer make the plan."""
+    clock = iter(allowed)
+    budget = "mstar.models.vjepa2.cem.Budget.fits"
+    monkeypatch.setattr(budget, lambda self, count: min(count, next(clock)))
+    asked = {**SEARCHES["notebook"], "topk": 6}
+    plan = engine.plan(context, goal, POSES[0], budget_ms=1e6, **asked)
+    monkeypatch.undo()
+    asked["noise"] = asked["noise"][:1, :, : allowed[0]]
+    asked |= {"samples": allowed[0], "iterations": 1, "topk": places or 2}
+    one = engine.plan(context, goal, POSES[0], **asked)
+    assert len(plan.costs) == (places > 0)
+    expected = one.actions if places else np.zeros((2, 7))
+    np.testing.assert_allclose(plan.actions, expected, atol=1e-6)
+
+
+def test_a_budget_is_reckoned_with_something_to_spare(monkeypatch):
+    """10 candidates take 4 s, of which 3 are for any batch: of 20 s, 4 are kept for the end."""
+    now = 0.0
+    monkeypatch.setattr("mstar.models.vjepa2.cem.time.monotonic", lambda: now)
+    clock, scored = Budget(20.0, first=10), []
+    while count := clock.fits(1000):
+        now += 3 + 0.1 * count
+        clock.took(count, torch.device("cpu"))
+        scored.append(count)
+    assert scored[0] == 10
+    assert sum(scored) > 30
+    assert now < 20
 
 
 def test_a_budget_that_is_over_at_once_moves_nothing(engine, context, goal):
@@ -350,6 +399,9 @@ BAD = {
     "goal shape": ("goal_hidden", {**CANDIDATES, "mpc": True, "goal_hidden": GOAL[..., :65]}),
     "goal nan": ("goal_hidden", {**CANDIDATES, "mpc": True, "goal_hidden": GOAL * np.nan}),
     "goal path": ("goal_image", {**CANDIDATES, "mpc": True, "goal_image": "/etc/hostname"}),
+    "goal pixels": ("goal_image", {**CANDIDATES, "mpc": True, "goal_image": [[0.5, 1], [2, 3]]}),
+    "goal null": ("goal_image", {**CANDIDATES, "mpc": True, "goal_image": [None]}),
+    "goal ragged": ("goal_image", {**CANDIDATES, "mpc": True, "goal_image": [[1], [2, 3]]}),
     "goal broken": ("goal_image", {**CANDIDATES, "mpc": True, "goal_image": b"nothing"}),
     "action": ("output_modalities", {**ROLLOUT, "output_modalities": ("action",)}),
     "action of a pass": (
@@ -358,6 +410,18 @@ BAD = {
     ),
     "energy": ("energy", {"energy": 1, "states": POSES[0], "goal_hidden": GOAL}),
     "no action": ("output_modalities", {"plan": True, "states": POSES[0], "goal_hidden": GOAL}),
+    "aimless": (
+        "goal_image",
+        {"actions": MOVES[:3], "states": POSES[:3], "goal_image": CLIP[5]},
+    ),
+    "image beside": (
+        "images",
+        {"actions": MOVES[:3], "states": POSES[:3], "images": [CLIP[5]]},
+    ),
+    "repeat": (
+        "action_repeat",
+        {"energy": 3, "states": POSES[0], "goal_image": CLIP[5], "action_repeat": 10**12},
+    ),
     "broken": ("video", {"video": b"nothing", "skip_predictor": True}),
     "empty": ("video", {"video": CLIP[:0], "skip_predictor": True}),
 }
@@ -375,11 +439,15 @@ def test_bad_requests_are_refused_by_name(engine, case):
     ("field", "change"),
     [
         ("horizon", {"horizon": 9}),
+        ("horizon", {"horizon": 10**12}),
+        ("samples", {"samples": 10**11}),
+        ("axis", {"axis": {"x": 0.1}}),
         ("topk", {"samples": 5}),
         ("noise", {"noise": np.zeros((1, 2, 3, 4))}),
         ("state", {"state": POSES[0, :6]}),
         ("goal", {"goal": None}),
         ("context", {"context": np.zeros((1, 15, 66), np.float32)}),
+        ("context", {"context": np.zeros((2, 1, 16, 66), np.float32)}),
         ("sample", {"sample": 3}),
     ],
 )
@@ -388,6 +456,23 @@ def test_bad_plans_are_refused_by_name(engine, context, goal, field, change):
     with pytest.raises(InvalidRequest) as caught:
         engine.plan(**given)
     assert caught.value.field == field
+
+
+def test_a_context_of_several_frames_says_what_it_needs(engine, goal):
+    with pytest.raises(InvalidRequest, match=r"actions.*1 rows.*must be 2, those between the 3"):
+        engine.plan(CLIP[:3], goal, POSES[:3], actions=MOVES[:1])
+
+
+@pytest.mark.parametrize("count", [0, -1, "a", 7])
+def test_a_number_of_frames_that_makes_no_sense_is_refused(engine, count):
+    with pytest.raises(InvalidRequest, match="num_frames"):
+        engine.encode(CLIP, num_frames=count)
+
+
+def test_a_film_is_not_decoded_to_the_end(engine):
+    film = np.broadcast_to(CLIP[:1], (1025, *CLIP.shape[1:]))
+    with pytest.raises(InvalidRequest, match="1025 frames of at most 1024"):
+        engine.encode(film)
 
 
 def test_a_rollout_beyond_the_model_is_refused(engine, context):

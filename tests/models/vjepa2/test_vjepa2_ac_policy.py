@@ -51,12 +51,19 @@ def test_a_runner_replans_after_every_action(engine):
 
 
 @pytest.mark.parametrize(
-    ("settings", "field"), [({"topk": 1}, "topk"), ({"what": 1}, "what"), ("droid", "robot")]
+    ("settings", "field"),
+    [({"topk": 1}, "topk"), ({"horizon": 9}, "horizon"), ({"what": 1}, "what"), ("droid", "robot")],
 )
 def test_wrong_settings_are_refused(engine, settings, field):
     with pytest.raises(InvalidRequest) as caught:
         engine.policy(settings)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("name", ["image", "goal"])
+def test_what_is_wrong_in_an_observation_is_called_as_there(engine, name):
+    with pytest.raises(InvalidRequest, match=rf"observation\.{name}"):
+        engine.policy(QUICK).infer({**SEEN, "goal": CLIP[5], name: POSES})
 
 
 @pytest.mark.parametrize("name", ["image", "state"])

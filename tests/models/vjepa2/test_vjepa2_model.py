@@ -22,8 +22,8 @@ from mstar.models.registry import get
 from mstar.models.vjepa2.config import PUBLISHED
 from mstar.models.vjepa2.model import VJepa2
 from mstar.models.vjepa2.networks import find_config
-from mstar.models.vjepa2.plan import Asked, Seen
 from mstar.models.vjepa2.preprocess import cropped, normalise, pixel_rule
+from mstar.models.vjepa2.requests import Asked, Seen
 from tests.recording import replays
 
 GOLDENS = load_file(Path(__file__).parents[2] / "data/vjepa2/goldens.safetensors")
@@ -164,6 +164,21 @@ def test_files_give_as_many_frames_as_training_had(engine):
     found = one(engine.generate(video=("clip.png", out.getvalue()), skip_predictor=True))
     assert abs(found - golden("encoder_out")).max() < SINGLE
     assert one(engine.generate(video=FRAMES, skip_predictor=True)).shape == (1, 96, 64)
+
+
+def test_frames_are_taken_by_time(engine):
+    """13 frames at 10 a second, of which 6 a second are int(7.8), from 0 on."""
+    av, out = pytest.importorskip("av"), io.BytesIO()
+    with av.open(out, "w", format="matroska") as file:
+        stream = file.add_stream("ffv1", rate=10)  # lossless
+        stream.height, stream.width, stream.pix_fmt = *FRAMES.shape[1:3], "bgr0"
+        for frame in FRAMES:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    film = ("clip.mkv", out.getvalue())
+    expected = engine.encode(FRAMES[[k * 13 // 7 for k in range(7)]]).numpy()
+    assert np.array_equal(engine.encode(film, fps=6).numpy(), expected)
+    assert np.array_equal(one(engine.generate(video=film, fps=6, skip_predictor=True))[0], expected)
 
 
 def test_requests_share_batches_and_stay_what_they_are(engine):

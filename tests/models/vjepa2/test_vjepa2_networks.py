@@ -13,6 +13,7 @@ from mstar.engine.weights import load, weight_bytes
 from mstar.errors import WeightsError
 from mstar.models.registry import get
 from mstar.models.vjepa2.config import PUBLISHED, VJEPA2Config
+from mstar.models.vjepa2.encoder import gathered
 from mstar.models.vjepa2.layout import Published
 from mstar.models.vjepa2.networks import VJEPA2, find_config, load_networks
 from mstar.models.vjepa2.rotary import Rotation, grid_rotation, rotate
@@ -74,8 +75,11 @@ def test_predictor(net):
     close(net.predictor(hidden, everything, everything, 4, 4), "predictor_full")
     context, targets = golden("context_mask"), golden("target_mask")
     hidden = golden("batch2_encoder_out")
-    close(net.predictor.masked(hidden, context, targets, 4, 4), "batch2_predictor_masked")
-    alone = net.predictor.masked(hidden[1:], context[1:], targets[1:], 4, 4)
+    seen = gathered(hidden, context)
+    close(seen, "batch2_masked_hidden_state")
+    close(gathered(hidden, targets), "batch2_target_hidden_state")
+    close(net.predictor(seen, context, targets, 4, 4), "batch2_predictor_masked")
+    alone = net.predictor(seen[1:], context[1:], targets[1:], 4, 4)
     torch.testing.assert_close(alone, golden("batch2_predictor_masked")[1:], atol=TOLERANCE, rtol=0)
 
 
@@ -157,15 +161,14 @@ def test_random_configs_match_transformers(sizes):
     expected = theirs.vjepa2(pixels, context_mask=[context], target_mask=[order[:, count // 3 :]])
     near = {"atol": 5e-5, "rtol": 1e-4}
     torch.testing.assert_close(tokens, expected.last_hidden_state, **near)
+    seen = gathered(tokens, context)
     torch.testing.assert_close(
-        ours.predictor.masked(tokens, context, order[:, count // 3 :], grid, grid),
+        ours.predictor(seen, context, order[:, count // 3 :], grid, grid),
         expected.predictor_output.last_hidden_state,
         **near,
     )
     future = theirs.vjepa2.predictor(tokens, [context], [targets]).last_hidden_state
-    torch.testing.assert_close(
-        ours.predictor.masked(tokens, context, targets, grid, grid), future, **near
-    )
+    torch.testing.assert_close(ours.predictor(seen, context, targets, grid, grid), future, **near)
     torch.testing.assert_close(ours.classifier(tokens), theirs(pixels).logits, **near)
 
 

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mstar.errors import InvalidRequest
 from mstar.io.rgb import shown
 from mstar.io.video import Video, open_video
 from mstar.models.base import Inputs
-from mstar.models.vjepa2.preprocess import PixelRule, cropped
 
 __all__ = [
-    "MOST_FRAMES",
     "Asked",
     "Masks",
     "Seen",
-    "chosen",
     "frames_of",
     "masks_of",
     "still_or_clip",
 ]
 
-MOST_FRAMES = 1024
+_MOST_FRAMES = 1024
 _LONGEST = 3600.0  # seconds of a file
 
 
@@ -82,21 +80,24 @@ def still_or_clip(inputs: Inputs) -> tuple[str, Any]:
 def frames_of(
     field: str,
     value: Any,
-    rule: PixelRule,
+    crop: Callable[[Iterable[Image.Image]], Tensor],
     *,
     num_frames: int | None = None,
     fps: float | None = None,
     usual: int | None = None,
     tubelet: int = 1,
+    first: int | None = None,
 ) -> Tensor:
-    """Frames uint8 `[frames, 3, crop, crop]` of a clip.
+    """Frames uint8 `[frames, 3, side, side]` of a video or an image.
 
     Args:
         field: to name in errors.
         value: see `open_video`.
-        num_frames, fps: see `chosen`.
+        crop: makes frames of images; raises ValueError where it cannot.
+        num_frames, fps: see `_chosen`.
         usual: the most frames that are taken from a file, if nobody says; None for all.
         tubelet: a video must have as many frames; images need not.
+        first: only so many of the frames, from the beginning; the others are not decoded.
 
     Raises:
         InvalidRequest: it is no clip, a broken one, or too short or too long.
@@ -108,26 +109,28 @@ def frames_of(
     try:
         video = open_video(value, _LONGEST)
         in_file = isinstance(value, (str, PathLike, bytes, bytearray, memoryview, tuple))
-        places = chosen(video, num_frames, fps, usual if in_file else None)
-        if len(places) > MOST_FRAMES:
-            raise ValueError(f"{len(places)} frames of at most {MOST_FRAMES}; set num_frames")
+        places = _chosen(video, num_frames, fps, usual if in_file else None)
+        if first is not None and len(places) < first:
+            raise ValueError(f"it has {len(places)} frames, of {first} that are needed")
+        places = places[:first]
+        if len(places) > _MOST_FRAMES:
+            raise ValueError(f"{len(places)} frames of at most {_MOST_FRAMES}; set num_frames")
         if field == "video" and len(places) < tubelet:
             raise ValueError(
                 f"it has {len(places)} of the {tubelet} frames of a tubelet; "
                 "a frame that stands still goes into images"
             )
-        frames = cropped(video.images(places), rule)
+        frames = crop(video.images(places))
+        if len(frames) < len(places):
+            raise ValueError(f"it is broken: {len(frames)} of {len(places)} frames can be read")
     except InvalidRequest:
         raise
     except ValueError as error:
         raise InvalidRequest(field, told, str(error)) from None
-    if len(frames) < len(places):
-        allowed = f"it is broken: {len(frames)} of {len(places)} frames can be read"
-        raise InvalidRequest(field, told, allowed)
     return frames
 
 
-def chosen(
+def _chosen(
     video: Video, num_frames: int | None, fps: float | None, usual: int | None
 ) -> Sequence[int]:
     """The frames that are taken, evenly from the first on, as published.
