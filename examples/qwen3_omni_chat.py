@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw
 from mstar import Engine
 from mstar.types import TextChunk, fold
 
-if len(sys.argv) > 3:
-    image, question, path = sys.argv[1:4]
+if len(sys.argv) == 4:
+    image, question, path = sys.argv[1:]
+elif len(sys.argv) > 1:
+    sys.exit(__doc__)
 else:
     question, path = "Describe the picture in one sentence.", "answer.wav"
     image = Image.new("RGB", (96, 64), "white")

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from mstar.errors import *  # noqa: F403
     from mstar.local import Engine as Engine
     from mstar.local import Handle as Handle
+    from mstar.models.control.runner import PolicyRunner as PolicyRunner
     from mstar.models.pi05.policy import RobotPolicy as RobotPolicy
     from mstar.models.pi05.robots import Robot as Robot
-    from mstar.models.pi05.runner import PolicyRunner as PolicyRunner
     from mstar.types import *  # noqa: F403
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ _HOME = {
     "mstar.local": ("Engine", "Handle"),
     "mstar.models.pi05.policy": ("RobotPolicy",),
     "mstar.models.pi05.robots": ("Robot",),
-    "mstar.models.pi05.runner": ("PolicyRunner",),
+    "mstar.models.control.runner": ("PolicyRunner",),
     "mstar.types": (
         "ActionChunk",
         "AudioBuffer",

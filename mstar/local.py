@@ -264,7 +264,7 @@ class Engine(GenerateMethods):
 
     def encode(self, frames: Any, **options: Any) -> Any:
         """Latents of a video or an image, kept on the device for `predict`, `rollout` and `plan`;
-        see the `world.py` of the model's family for all four."""
+        see `world.py` and `ac_world.py` in `mstar/models/vjepa2`."""
         return self._world("encode").encode(frames, **options)
 
     def predict(self, context: Any, *args: Any, **options: Any) -> Any:

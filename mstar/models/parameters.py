@@ -14,7 +14,7 @@ from typing import Any
 
 from mstar.errors import InvalidRequest, nearest
 
-__all__ = ["Parameter", "Parameters", "plain"]
+__all__ = ["Parameter", "Parameters", "plain", "positive"]
 
 _NAME_OF = {int: "int", float: "float", bool: "bool", str: "str"}
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True}
@@ -253,6 +253,18 @@ def plain(value: Any) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return value
+
+
+def positive(field: str, value: Any, most: float) -> float:
+    """A number above 0, of Python or numpy.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= most:
+        raise InvalidRequest(field, value, f"must be above 0, at most {most:g}")
+    return float(number)
 
 
 def _finite(number: float) -> bool:

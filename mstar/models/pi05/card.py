@@ -5,34 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mstar.errors import InvalidRequest
+from mstar.models.arrays import array, rows
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters
 from mstar.models.pi05.config import SCHEDULES
-from mstar.models.pi05.observation import as_array
 
 __all__ = ["CARD"]
-
-
-def rows(value: Any) -> np.ndarray:
-    """An array of finite numbers, or an empty one; see `as_array`."""
-    try:
-        found = as_array(value)
-    except (TypeError, ValueError):
-        raise ValueError("must be an array of numbers") from None
-    if not np.isfinite(found).all():
-        raise ValueError("must be finite")
-    return found
-
-
-def array(value: Any) -> np.ndarray:
-    """`rows`, and not empty."""
-    found = rows(value)
-    if not found.size:
-        raise ValueError("must be an array of numbers")
-    return found
 
 
 def _together(values: dict[str, Any]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest
-from mstar.models.parameters import plain
+from mstar.models.arrays import as_array
 
-__all__ = ["as_array", "flat", "numbers", "positive", "slashed"]
+__all__ = ["flat", "numbers", "slashed"]
 
 
 def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -35,29 +35,6 @@ def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None
     return found
 
 
-def as_array(value: Any) -> np.ndarray:
-    """Numbers as an array of numpy, in this machine's byte order; of arrays of any library, lists,
-    or text such as `1, 2, 3`.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(value, str):
-        value = [float(number) for number in value.split(",")]
-    if hasattr(value, "detach"):
-        try:
-            value = value.detach().cpu()
-            if value.is_floating_point() and value.element_size() < 4:
-                value = value.float()  # numpy has no bfloat16
-            value = value.numpy()
-        except (RuntimeError, TypeError) as error:  # sparse, say
-            raise ValueError(f"must be an array of numbers: {error}") from None
-    found = np.asarray(value)
-    if found.dtype.kind not in "fiub":
-        raise ValueError("must be an array of numbers")
-    return found.astype(found.dtype.newbyteorder("="), copy=False)
-
-
 def numbers(field: str, value: Any, dtype: type = np.float64) -> np.ndarray:
     """Finite numbers `[dims]`, of an array or a list, with or without dimensions of 1.
 
@@ -74,18 +51,6 @@ def numbers(field: str, value: Any, dtype: type = np.float64) -> np.ndarray:
     if not np.isfinite(found).all():
         raise InvalidRequest(field, found.tolist(), "must be finite")
     return found.reshape(-1)
-
-
-def positive(field: str, value: Any, most: float) -> float:
-    """A number above 0, of Python or numpy.
-
-    Raises:
-        InvalidRequest: it is none.
-    """
-    number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number <= most:
-        raise InvalidRequest(field, value, f"must be above 0, at most {most:g}")
-    return float(number)
 
 
 def slashed(name: str) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest
-from mstar.models.pi05.action_queue import lengthened
-from mstar.models.pi05.observation import positive
-from mstar.models.pi05.pending import Pending
+from mstar.models.control.action_queue import lengthened
+from mstar.models.control.pending import Pending
+from mstar.models.parameters import positive
 from mstar.models.pi05.robots import Robot
 
 __all__ = ["RobotPolicy"]

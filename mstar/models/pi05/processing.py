@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mstar.errors import InvalidRequest, WeightsError
-from mstar.models.pi05.action_queue import lengthened
+from mstar.models.control.action_queue import lengthened
 from mstar.models.pi05.config import ACTION, MODES, STATE, Pi05Config
 from mstar.models.pi05.images import model_image
 from mstar.models.pi05.normalise import Normalizer, relative_mask

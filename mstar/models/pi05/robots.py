@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest
+from mstar.models.parameters import positive
 from mstar.models.pi05 import aloha
 from mstar.models.pi05.config import IMAGES, OPENPI_CAMERAS, STATE, Pi05Config
 from mstar.models.pi05.images import image_faults
-from mstar.models.pi05.observation import flat, numbers, positive, slashed
+from mstar.models.pi05.observation import flat, numbers, slashed
 
 __all__ = ["PRESETS", "Observed", "Robot", "robot_for", "robot_of"]
 

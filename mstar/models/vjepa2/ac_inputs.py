@@ -12,7 +12,7 @@ from torch import Tensor
 from mstar.errors import InvalidRequest
 from mstar.io.data_url import decode_data_url
 from mstar.io.rgb import rgb_of, shown
-from mstar.models.pi05.card import array
+from mstar.models.arrays import array
 from mstar.models.vjepa2.ac_config import EXTRINSICS, AcConfig
 from mstar.models.vjepa2.latents import Latents, latents_of
 from mstar.models.vjepa2.poses import trajectory

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest
-from mstar.models.pi05.pending import Pending
+from mstar.models.control.pending import Pending
 from mstar.models.vjepa2.ac_inputs import check_frames, rows
 from mstar.models.vjepa2.ac_requests import search_of
 from mstar.models.vjepa2.latents import Latents

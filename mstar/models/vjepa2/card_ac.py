@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mstar.models.arrays import array
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters
-from mstar.models.pi05.card import array
 
 __all__ = ["CARD", "PLANNING"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mstar.models.pi05.action_queue import ActionQueue
+from mstar.models.control.action_queue import ActionQueue
 from mstar.models.pi05.prompt import state_bins
 from mstar.models.pi05.rtc import guided, trained
 

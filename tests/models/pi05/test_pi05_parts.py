@@ -10,7 +10,7 @@ import torch
 from pi05_data import TINY
 
 from mstar.errors import InvalidRequest
-from mstar.models.pi05.action_queue import ActionQueue, Latency, delay_steps, lengthened
+from mstar.models.control.action_queue import ActionQueue, Latency, delay_steps, lengthened
 from mstar.models.pi05.networks import load_policy
 from mstar.models.pi05.observation import flat
 from mstar.models.pi05.plain import PlainPolicy

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from mstar import DeadlineExceeded, InvalidRequest, PolicyRunner
-from mstar.models.pi05.action_queue import lengthened
-from mstar.models.pi05.pending import Chunk
+from mstar.models.control.action_queue import lengthened
+from mstar.models.control.pending import Chunk
 from tests.waiting import until
 
 ROWS = 10

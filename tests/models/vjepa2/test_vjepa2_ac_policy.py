@@ -71,3 +71,8 @@ def test_an_observation_that_lacks_something_is_refused(engine, name):
     policy = engine.policy({"goal": CLIP[5], **QUICK})
     with pytest.raises(InvalidRequest, match=rf"observation\.{name}"):
         policy.infer({key: value for key, value in SEEN.items() if key != name})
+
+
+def test_a_planner_has_no_real_time_chunking(engine):
+    with pytest.raises(InvalidRequest, match="makes every chunk anew"):
+        PolicyRunner(engine.policy({"goal": CLIP[5], **QUICK}), fps=4, rtc=True)

@@ -8,18 +8,16 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from mstar.errors import DeadlineExceeded, InvalidRequest
-from mstar.models.parameters import plain
-from mstar.models.pi05.action_queue import ActionQueue, Latency, delay_steps
-from mstar.models.pi05.observation import positive
-from mstar.models.pi05.pending import Chunk, Pending
-from mstar.models.pi05.policy import RobotPolicy
+from mstar.models.control.action_queue import ActionQueue, Latency, delay_steps
+from mstar.models.control.pending import Chunk, Pending
+from mstar.models.parameters import plain, positive
 
-__all__ = ["PolicyRunner"]
+__all__ = ["Policy", "PolicyRunner"]
 
 _KEPT = 4096  # latencies
 _OURS = ("raw", "prev_chunk_left_over", "inference_delay", "rtc_mode")
@@ -33,6 +31,19 @@ _COUNTS = (
     "stale_chunks",
     "failures",
 )
+
+
+class Policy(Protocol):
+    """What a runner asks of a policy; one with real-time chunking has `previous`, too."""
+
+    config: Any  # chunk_size, n_action_steps, rtc, rtc_training_max_delay
+    robot: Any  # run: how many actions of a chunk are executed, if it says so
+
+    def begin(self, obs: Mapping[str, Any], **params: Any) -> Pending:
+        """Queue an observation."""
+
+    def reset(self) -> None:
+        """Forget what was before: another episode begins."""
 
 
 class PolicyRunner:
@@ -70,7 +81,7 @@ class PolicyRunner:
 
     def __init__(
         self,
-        policy: RobotPolicy,
+        policy: Policy,
         fps: float,
         execution_horizon: int | None = None,
         rtc: str | bool | None = None,
@@ -289,6 +300,8 @@ class PolicyRunner:
         most = self.policy.config.rtc_training_max_delay
         if rtc is None or rtc is False:
             return None
+        if not hasattr(self.policy, "previous"):
+            raise InvalidRequest("rtc", rtc, "the policy makes every chunk anew: must be None")
         if rtc is True:
             return "trained" if most else "guided"
         if rtc not in ("guided", "trained"):

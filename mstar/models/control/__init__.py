@@ -1,0 +1,1 @@
+"""Control loops around models that act."""
