@@ -36,9 +36,7 @@ def resolve(source: str | Path, *, patterns: Sequence[str], progress: bool = Tru
     if source != "" and local.exists():
         return local
     if str(source).startswith("https://"):
-        raise ModelNotFound(
-            f"{source} is not on the hub: download it, then give its file."
-        )
+        raise ModelNotFound(f"{source} is not on the hub: download it, then give its file.")
     match = None if isinstance(source, Path) else _REPO.fullmatch(source)
     if match is None:
         raise ModelNotFound(
