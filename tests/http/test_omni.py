@@ -87,6 +87,35 @@ def test_images_and_sounds_are_parts_of_a_message(client):
     assert reply.usage.completion_tokens <= 6
 
 
+def test_videos_and_sounds_are_data_urls(client):
+    import openai
+
+    av = pytest.importorskip("av")
+
+    def part(kind, mime, data):
+        url = f"data:{mime};base64,{base64.b64encode(data).decode()}"
+        return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+
+    film = io.BytesIO()
+    with av.open(film, "w", format="mp4") as file:
+        stream = file.add_stream("mpeg4", rate=2)
+        stream.width = stream.height = 64
+        for _ in range(4):
+            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8))
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    parts = [part("audio", "audio/wav", wav()), part("video", "video/mp4", film.getvalue())]
+    reply = client.chat.completions.create(
+        messages=[{"role": "user", "content": parts}],
+        **SHORT,
+        extra_body={"video_min_pixels": 1024},
+    )
+    assert reply.usage.prompt_tokens_details.image_tokens == 8
+    parts[1] = part("video", "video/mp4", b"no film")
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[1\].video_url"):
+        client.chat.completions.create(messages=[{"role": "user", "content": parts}], **SHORT)
+
+
 def test_speech_comes_with_its_transcript(client, omni):
     reply = client.chat.completions.create(messages=HELLO, **SHORT, **SPOKEN, extra_body=BRIEF)
     said = omni.engine.generate(
@@ -103,6 +132,10 @@ def test_speech_comes_with_its_transcript(client, omni):
     pcm, rate = spoken(message.audio.data)
     assert rate == 24000
     assert (pcm == said.audio.pcm).all()
+    turns = [*HELLO, {"role": "assistant", "audio": {"id": message.audio.id}}, *HELLO]
+    again = client.chat.completions.create(messages=turns, **SHORT).choices[0].message.content
+    turns[1] = {"role": "assistant", "content": said.text}
+    assert again == omni.engine.generate(messages=turns, seed=3, max_tokens=6).text
 
 
 def test_streamed_speech_is_the_whole_speech(client):
@@ -139,6 +172,19 @@ def test_a_text_is_read_aloud(client, omni):
     assert (pcm == said.pcm).all()
 
 
+def _template(**values):
+    return {"extra_body": {"chat_template_kwargs": values}}
+
+
+def test_the_thought_of_the_chat_template_may_be_left_out(client, omni):
+    reply = client.chat.completions.create(
+        messages=HELLO, **SHORT, **_template(enable_thinking=False)
+    )
+    said = omni.engine.generate(messages=HELLO, seed=3, max_tokens=6, enable_thinking=False)
+    assert reply.choices[0].message.content == said.text
+    assert reply.usage.prompt_tokens == said.usage.prompt_tokens
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -148,6 +194,8 @@ def test_a_text_is_read_aloud(client, omni):
         ),
         ({"modalities": ["image"]}, "modalities"),
         ({"extra_body": {"talker_top_p": 3}}, "talker_top_p"),
+        (_template(enable_thinking=3), "chat_template_kwargs.enable_thinking=3"),
+        (_template(tools="x"), "chat_template_kwargs"),
     ],
 )
 def test_what_it_does_not_have_is_refused_with_what_it_has(client, fields, words):

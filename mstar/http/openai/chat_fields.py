@@ -71,6 +71,7 @@ _FIELDS = (
     Parameter("ignore_eos", bool, False),
     Parameter("chat_template_kwargs", _object, {}),
 )
+_THINKING = "enable_thinking"  # the one thing of chat templates that models have a parameter for
 _ALTERNATIVES = Parameter("top_logprobs", int, 0, low=0, high=_MOST_ALTERNATIVES)
 _LOGPROBS = Parameter("logprobs", bool, False)
 PARAMETER_FIELDS = (*(p.name for p in _FIELDS), "logprobs", "top_logprobs")
@@ -103,6 +104,11 @@ def parameter_values(
             value = field.check(fields[field.name])
             if field.name == "top_k" and value == -1:  # what other servers say for all
                 value = 0
+            if field.name == "chat_template_kwargs" and _THINKING in value:
+                own = surface.parameter(card, _THINKING)
+                if own is not None:
+                    values[own], field_of[own] = value[_THINKING], f"{field.name}.{_THINKING}"
+                    value = {name: value[name] for name in value if name != _THINKING}
             put(field.name, value, field.default)
     wanted = _LOGPROBS.check(fields.get("logprobs", False))
     count = _ALTERNATIVES.check(fields.get("top_logprobs", 0))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.packed import packed_attention
 from mstar.engine.weights import Source
+from mstar.models.qwen3_omni.decoder import apart
 from mstar.models.qwen3_omni.sizes import AudioConfig
 
 __all__ = ["AudioEncoder"]
@@ -70,10 +71,8 @@ class AudioEncoder(nn.Module):
         self.register_buffer("places", places, persistent=False)
 
     def sources(self, name: str) -> Sequence[Source]:
-        """Where parameter `name` is in a checkpoint: projections that we run as one are apart."""
-        if "qkv_proj" not in name:
-            return (Source((name,)),)
-        return (Source(tuple(name.replace("qkv_proj", f"{part}_proj") for part in "qkv")),)
+        """Where parameter `name` is in a checkpoint."""
+        return apart(name)
 
     def forward(self, features: Tensor, lengths: Sequence[int]) -> Tensor:
         """Encode clips.

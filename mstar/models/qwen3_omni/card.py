@@ -153,7 +153,7 @@ PARAMETERS = Parameters(
             low_open=True,
             high=1000,
             aliases=("video_fps",),
-            help="frames of a second of video that are seen; of an array, that it has",
+            help="frames of a second of video that are seen; of an array or images, that it has",
         ),
         Parameter(
             "min_frames",

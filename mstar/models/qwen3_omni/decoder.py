@@ -24,7 +24,9 @@ from mstar.engine.weights import Source
 from mstar.models.qwen3_omni.mrope import MRotary
 from mstar.models.qwen3_omni.sizes import DecoderConfig
 
-__all__ = ["Decoder", "Weight"]
+__all__ = ["Decoder", "Weight", "apart", "prefixed"]
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class Weight(nn.Module):
@@ -52,9 +54,6 @@ class _MLP(nn.Module):
         size, inner = config.hidden_size, config.intermediate_size
         self.gate_up_proj = nn.Linear(size, 2 * inner, bias=False)
         self.down_proj = nn.Linear(inner, size, bias=False)
-
-    def sources(self, name: str) -> Sequence[Source]:
-        return _apart(name, "gate_up_proj", ("gate_proj", "up_proj"))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(silu_mul(linear(x, self.gate_up_proj.weight)), self.down_proj.weight)
@@ -112,12 +111,12 @@ class Decoder(nn.Module):
         return KVLayout(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
     def sources(self, name: str) -> Sequence[Source]:
-        """Where parameter `name` is in a checkpoint: what we run as one is apart."""
-        if ".mlp." in name:
+        """Where parameter `name` is in a checkpoint."""
+        if self.config.num_experts and ".mlp." in name:
             path, leaf = name.split(".mlp.")
             found = self.get_submodule(f"{path}.mlp").sources(leaf)
             return [prefixed(source, f"{path}.mlp.") for source in found]
-        return _apart(name, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+        return apart(name)
 
     def forward(
         self,
@@ -169,10 +168,12 @@ def prefixed(source: Source, prefix: str) -> Source:
     return replace(source, names=tuple(prefix + name for name in source.names))
 
 
-def _apart(name: str, fused: str, parts: Sequence[str]) -> Sequence[Source]:
-    if fused not in name:
-        return (Source((name,)),)
-    return (Source(tuple(name.replace(fused, part) for part in parts)),)
+def apart(name: str) -> Sequence[Source]:
+    """Where a parameter is in a checkpoint, in which what we run as one is apart."""
+    for fused, parts in _FUSED.items():
+        if fused in name:
+            return (Source(tuple(name.replace(fused, part) for part in parts)),)
+    return (Source((name,)),)
 
 
 def _norm(

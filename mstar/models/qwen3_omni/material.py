@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from mstar.errors import InvalidRequest
 from mstar.io.rgb import shown
+from mstar.io.sniff import kind_of
+from mstar.io.video import read_bytes
 from mstar.models.qwen3_omni.config import ThinkerConfig
 from mstar.models.qwen3_omni.mel import log_mel
 from mstar.models.qwen3_omni.pixels import PixelRule
@@ -17,7 +20,6 @@ from mstar.models.qwen3_omni.sounds import Sound, read_sound, sound_of_video
 from mstar.models.qwen3_omni.visuals import (
     Sampling,
     Visual,
-    read_bytes,
     read_picture,
     read_video,
 )
@@ -72,7 +74,7 @@ class Reader:
     def read(self, kind: str, value: Any) -> Material:
         """Open an `"image"`, a `"video"` or `"audio"`.
 
-        A video may be `(frames, (samples, sample_rate))`, too: an array, and its sound.
+        A video may be `(frames, sound)`, too: an array or a list of images, and what is heard.
 
         Raises:
             InvalidRequest: it cannot be read, or served.
@@ -84,7 +86,7 @@ class Reader:
             sound = read_sound(value)
             return Material(Heard(self._tokens(sound)), sound=sound)
         frames, beside = value, None
-        if isinstance(value, tuple) and len(value) == 2 and hasattr(value[0], "shape"):
+        if isinstance(value, tuple) and len(value) == 2 and _are_frames(value[0]):
             frames, beside = value
         visual = read_video(frames, self._config.vision, self._sampling, self._videos)
         sound = self._sound_of(frames, beside) if self._with_sound else None
@@ -92,15 +94,21 @@ class Reader:
         return Material(Pictured(visual.grid, visual.seconds, sounds), visual, sound)
 
     def _sound_of(self, video: Any, beside: Any) -> Sound | None:
-        """Of a file, or what was given beside an array of frames."""
-        if beside is not None:
-            return read_sound(beside)
-        if hasattr(video, "shape"):
+        """Of a file, or what was given beside frames."""
+        if beside is None and _are_frames(video):
             return None
         try:
-            return sound_of_video(read_bytes(video))
+            if beside is not None:
+                return read_sound(beside)
+            data = read_bytes(video)
+            return None if kind_of(data) == "image" else sound_of_video(data)
         except ValueError as error:
-            raise InvalidRequest("video", shown(video), str(error)) from None
+            allowed = f"its sound: {getattr(error, 'allowed', error)}"
+            raise InvalidRequest("video", shown(video), allowed) from None
 
     def _tokens(self, sound: Sound) -> int:
         return self._config.audio.tokens(sound.frames)
+
+
+def _are_frames(value: Any) -> bool:
+    return isinstance(value, (list, Image.Image)) or hasattr(value, "shape")

@@ -225,19 +225,22 @@ class Qwen3Omni(Model):
     ) -> None:
         """Give the text to the caller, if it is asked for, and its tokens to the Talker.
 
-        Where strings may end the text, the Talker waits for the end, so that it says none of them.
+        Where strings may end the text, the Talker gets what is certain, and says none of them.
         """
-        limit, stop = self._tokens(plan, request.params), request.params["stop"]
+        stop = request.params["stop"]
+        # The last one before the limit is not spoken, as published.
+        most, sent = max(self._tokens(plan, request.params) - 1, 1), 0
 
-        def hear(token: int) -> None:
-            # The last one before the limit is not spoken, as published.
-            if not stop and (len(text.ids) == 1 or len(text.ids) < limit):
+        def say(_: int | None = None) -> None:
+            nonlocal sent
+            ids = (text.shown_ids() if stop else text.ids)[:most]
+            for token in ids[sent:]:
                 tokens.send(token)
+            sent = len(ids)
 
         shown = "text" in request.output_modalities
-        await (text.emit(request, hear) if shown else text.each(lambda piece: None, hear))
-        for token in text.shown_ids() if stop else ():
-            tokens.send(token)
+        await (text.emit(request, say) if shown else text.each(lambda piece: None, say))
+        say()
         tokens.close()
 
     def _generation(

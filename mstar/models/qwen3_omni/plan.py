@@ -18,7 +18,7 @@ from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs
 from mstar.models.qwen3_omni.config import OmniConfig
 from mstar.models.qwen3_omni.material import Material, Reader
-from mstar.models.qwen3_omni.prompt import Segment, lay_out
+from mstar.models.qwen3_omni.prompt import Segment, lay_out, next_position
 from mstar.models.qwen3_omni.speech import UserRows, speaker_id, user_rows
 from mstar.models.qwen3_omni.tokenizer import Tokenizer
 from mstar.models.turns import Part, Turn, turns_of
@@ -140,11 +140,10 @@ class Planner:
             given = self.tokenizer.encode(inputs.text) if aloud else None
             user = user_rows(segments, self.config)
             speech = SpeechPlan(speaker, user, _places(spans, user), given)
-        end = segments[-1].positions[0, -1]
         return Plan(
             ids,
             spans if media else None,
-            float(end) + 1.0,
+            next_position(segments),
             sum(map(self._seen, segments)),
             secrets.randbits(63) if params["seed"] is None else params["seed"],
             inputs.text if aloud else "",

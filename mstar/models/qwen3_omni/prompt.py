@@ -25,7 +25,10 @@ from mstar.models.qwen3_omni.tokenizer import Tokenizer
 from mstar.models.qwen3_omni.vision import Grid
 from mstar.models.turns import Turn
 
-__all__ = ["Heard", "Media", "Pictured", "Segment", "chat_pieces", "lay_out", "lay_out_pieces"]
+__all__ = [
+    *("Heard", "Media", "Pictured", "Segment"),
+    *("chat_pieces", "lay_out", "lay_out_pieces", "next_position"),
+]
 
 _SOUND = ("<|audio_start|>", "<|audio_end|>")
 _VISION = ("<|vision_start|>", "<|vision_end|>")
@@ -138,6 +141,12 @@ def lay_out_pieces(
             segment, start = _of_medium(piece, config, start)
             segments.append(segment)
     return segments
+
+
+def next_position(segments: Sequence[Segment]) -> float:
+    """Where the answer goes on: after the largest position on any axis. What follows a video with
+    a short sound may count from less than its height or width."""
+    return max(float(segment.positions.max()) for segment in segments) + 1.0
 
 
 def _of_medium(medium: Media, config: ThinkerConfig, start: float) -> tuple[Segment, float]:

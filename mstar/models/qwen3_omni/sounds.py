@@ -22,6 +22,7 @@ __all__ = ["Sound", "read_sound", "sound_of_video"]
 
 _LONGEST = 3600.0  # seconds
 _MOST_CHANNELS = 64
+_LOUDEST = 2.0**31  # the powers of what is much louder are no float32; sound is within 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ def sound_of_video(data: bytes, longest: float = _LONGEST) -> Sound | None:
                 return None
             return _finished(*_contained(file, longest), longest)
     except av.FFmpegError as error:
-        raise ValueError(f"its sound is broken: {error.strerror}") from None
+        raise ValueError(f"it is broken: {error.strerror}") from None
 
 
 def _read(value: Any, longest: float) -> Sound:
@@ -95,8 +96,8 @@ def _finished(samples: np.ndarray, rate: Any, longest: float) -> Sound:
         raise ValueError(f"sample_rate={rate!r}: must be a number of Hz")
     if len(samples) > longest * rate:
         raise ValueError(f"it is longer than {longest:g} seconds")
-    if not np.isfinite(samples).all():
-        raise ValueError("it holds samples that are no numbers")
+    if not (np.abs(samples) <= _LOUDEST).all():
+        raise ValueError(f"it holds samples that are no numbers, or beyond {_LOUDEST:g}")
     samples = resampled(samples, round(rate), SAMPLE_RATE)
     if not frames_of(len(samples)):
         raise ValueError(f"it has {len(samples) / 16:g} ms, and must have 10 at least")

@@ -31,12 +31,12 @@ from mstar.models.qwen3_omni.runners import VocoderJob
 from mstar.models.qwen3_omni.speech import OPENING, Speaker
 from mstar.models.qwen3_omni.vocoder import SAMPLE_RATE, Vocoder
 
-__all__ = ["HiddenStates", "Speech", "chunk_sizes", "talker_sampling"]
+__all__ = ["HiddenStates", "Speech"]
 
 _FIRST_CHUNK, _LARGEST_CHUNK = 2, 32
 
 
-def chunk_sizes() -> Iterator[int]:
+def _chunk_sizes() -> Iterator[int]:
     """Frames that the vocoder is given at a time: few at first, so that sound comes early. A chunk
     is heard while the next one, twice as large, is made."""
     size = _FIRST_CHUNK
@@ -45,7 +45,7 @@ def chunk_sizes() -> Iterator[int]:
         size = min(2 * size, _LARGEST_CHUNK)
 
 
-def talker_sampling(params: dict[str, Any], seed: int, limit: int, end: int) -> SamplingParams:
+def _talker_sampling(params: dict[str, Any], seed: int, limit: int, end: int) -> SamplingParams:
     """How the first codes are drawn; `end` is the code that ends the speech."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_tokens")
     return SamplingParams(
@@ -151,7 +151,7 @@ class Speech:
         after = self.omni.config.tts_eos_token_id  # what is said when the text has ended
         frames = Channel()
         sound = spawn(self._hear(request, frames))
-        codes = self.lm.sampler.open(talker_sampling(params, seed, limit, end), ())
+        codes = self.lm.sampler.open(_talker_sampling(params, seed, limit, end), ())
         others = self.frames.open(_predictor_sampling(params, seed))
         try:
             with self.lm.open_cache() as kv:
@@ -204,7 +204,7 @@ class Speech:
 
     async def _hear(self, request: Request, frames: Channel) -> None:
         """Frames to samples, chunk by chunk."""
-        stream, held, sizes = self.vocoder.stream(), [], chunk_sizes()
+        stream, held, sizes = self.vocoder.stream(), [], _chunk_sizes()
         size = next(sizes)
         async for codes in frames:
             held.append(codes)

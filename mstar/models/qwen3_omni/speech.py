@@ -101,18 +101,17 @@ class Speaker:
 
     Attributes:
         pad: the row that is given once there is no text left, `[hidden]`.
-        end: the row after the last one of text.
     """
 
     def __init__(self, thinker: Thinker, talker: Talker, config: OmniConfig, newline: int) -> None:
         self._thinker, self._talker = thinker, talker
         codec = talker.config
         device = talker.codec_embedding.weight.device
-        marks = [config.tts_pad_token_id, config.tts_bos_token_id, config.tts_eos_token_id]
+        marks = [config.tts_pad_token_id, config.tts_bos_token_id]
         header = [config.im_start_token_id, config.assistant_token_id, newline]
         projected = self.text([*marks, *header])
-        self.pad, begin, self.end = projected[:3]
-        self._header = projected[3:]
+        self.pad, begin = projected[:2]
+        self._header = projected[2:]
         codes = [codec.codec_nothink_id, codec.codec_think_bos_id, codec.codec_think_eos_id]
         ids = torch.tensor([*codes, codec.codec_pad_id, codec.codec_bos_id], device=device)
         said = talker.embed(ids)
@@ -155,11 +154,3 @@ class Speaker:
         voice = self.voice(speaker)[None]
         begin = self.text([first]) + self._first
         return torch.cat([self._header, self._silent, voice, self._begin[None], begin])
-
-    def trailing(self, answer: Sequence[int]) -> Tensor:
-        """The rows `[tokens - 1, hidden]` given with the frames: the rest of an answer, the end.
-
-        Args:
-            answer: the tokens that were generated, the one that ended the text among them.
-        """
-        return torch.cat([self.text(answer[1:-1]), self.end[None]])

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from mstar.errors import InvalidRequest
 from mstar.io.rgb import rgb_of, shown
-from mstar.io.video import read_bytes, video_of_file
+from mstar.io.video import open_video
 from mstar.models.qwen3_omni.pixels import IMAGES, VIDEOS, PixelRule, resized, to_patches
 from mstar.models.qwen3_omni.sizes import VisionConfig
 from mstar.models.qwen3_omni.vision import Grid
 
-__all__ = ["Sampling", "Visual", "read_bytes", "read_picture", "read_video", "sampled"]
+__all__ = ["Sampling", "Visual", "read_picture", "read_video", "sampled"]
 
 _LONGEST = 3600.0  # seconds
 
@@ -106,8 +104,8 @@ def read_video(
     """Open a video, choose frames and resize them.
 
     Args:
-        value: a path, bytes, `(filename, bytes)`, or an array uint8 `[times, height, width, 3]` of
-            frames that are chosen already, `sampling.fps` a second.
+        value: see `open_video`. The frames of an array, of a list of images and of an animation
+            are chosen already, `sampling.fps` a second.
         longest: seconds, refused beyond that.
 
     Raises:
@@ -115,17 +113,17 @@ def read_video(
     """
     sampling = sampling or Sampling()
     try:
-        if hasattr(value, "detach"):
-            value = value.detach().cpu().numpy()
-        if isinstance(value, np.ndarray):
-            images, fps = _of_array(value, sampling), sampling.fps
-        else:
-            video = video_of_file(read_bytes(value), longest)
+        video = open_video(value, longest)
+        places, fps = None, sampling.fps
+        if video.fps is not None:
             places, fps = sampled(video.count, video.fps, sampling)
-            images = video.images(places)
-        frames = [np.asarray(resized(image, rule, config)) for image in images]
+        elif video.count > (most := sampling.max_frames):
+            raise ValueError(f"it has {video.count} frames, and at most {most} are seen")
+        frames = [np.asarray(resized(image, rule, config)) for image in video.images(places)]
         if not frames:
             raise ValueError("it has no frames")
+        if len({frame.shape for frame in frames}) > 1:
+            raise ValueError("its frames are of several sizes")
     except ValueError as error:
         allowed = str(error)
     else:
@@ -138,11 +136,3 @@ def _visual(frames: np.ndarray, config: VisionConfig, seconds: float | None) -> 
     digest.update(f"{frames.shape} {seconds}".encode())
     patches, grid = to_patches(frames, config)
     return Visual(digest.digest(), patches, grid, seconds)
-
-
-def _of_array(value: np.ndarray, sampling: Sampling) -> Iterator[Image.Image]:
-    if value.dtype != np.uint8 or value.ndim != 4 or value.shape[3] != 3 or not value.size:
-        raise ValueError("an array must be uint8 [times, height, width, 3]")
-    if len(value) > sampling.max_frames:
-        raise ValueError(f"it has {len(value)} frames, and at most {sampling.max_frames} are seen")
-    return map(Image.fromarray, value)

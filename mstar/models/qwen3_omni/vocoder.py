@@ -18,7 +18,7 @@ from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.rotary import Rotary, rotate
 from mstar.engine.weights import Source
-from mstar.models.qwen3_omni.decoder import Weight
+from mstar.models.qwen3_omni.decoder import Weight, apart
 from mstar.models.qwen3_omni.sizes import VocoderConfig
 from mstar.models.qwen3_omni.synthesis import Synthesis
 
@@ -100,10 +100,7 @@ class Vocoder(nn.Module):
         """Where parameter `name` is in a checkpoint."""
         if name.startswith("synthesis."):
             return self.synthesis.sources(name.removeprefix("synthesis."))
-        for fused, parts in _FUSED.items():
-            if fused in name:
-                return (Source(tuple(name.replace(fused, part) for part in parts)),)
-        return (Source((name,)),)
+        return apart(name)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Mean embeddings `[batch, frames, hidden]` of codes `[batch, groups, frames]`."""
@@ -187,9 +184,3 @@ class Vocoder(nn.Module):
             h = silu_mul(linear(h, layer.mlp.gate_up_proj.weight))
             x = torch.addcmul(x, linear(h, layer.mlp.down_proj.weight), layer.mlp_layer_scale.scale)
         return rms_norm(x, self.pre_transformer.norm.weight, eps)
-
-
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}

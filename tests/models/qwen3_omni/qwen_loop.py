@@ -142,7 +142,7 @@ class Loop:
         own = speaker.user(user, self.inputs[rows, :size], accepted)
         opening = speaker.opening(speaker_id(talker.config, "Ethan"), answer[0])
         inputs = torch.cat([own, opening])
-        trailing = speaker.trailing(answer)
+        trailing = speaker.text([*answer[1:-1], self.config.tts_eos_token_id])
         seen["talker_input_ids"] = torch.tensor(user.ids)
         seen["talker_inputs_embeds"], seen["talker_position_ids"] = inputs, user.positions
         seen["talker_trailing_text_hidden"] = trailing

@@ -46,10 +46,15 @@ BAD = [
     ({"text": "x", "audio": b"RIFF and so on"}, "audio", ""),
     ({"text": "x", "audio": (np.zeros(100, np.float32), 16000)}, "audio", "10 at least"),
     ({"text": "x", "audio": (np.full(400, np.nan, np.float32), 16000)}, "audio", "no numbers"),
+    ({"text": "x", "audio": (np.full(400, 1e19, np.float32), 16000)}, "audio", "beyond"),
     ({"text": "x", "audio": (SECOND[0], 0)}, "audio", "a number of Hz"),
     ({"text": "x", "images": b"no image"}, "images", "no image"),
     ({"text": "x", "images": np.zeros((4, 900, 3), np.uint8)}, "images", "200 times"),
-    ({"text": "x", "video": video_of(4)[:0]}, "video", "uint8 [times, height, width, 3]"),
+    ({"text": "x", "video": video_of(4)[:0]}, "video", "no frames"),
+    (
+        {"text": "x", "video": (video_of(4), (SECOND[0], 0)), "use_audio_in_video": True},
+        *("video", "its sound: sample_rate=0"),
+    ),
     ({"text": "x", "video": b"no film"}, "video", ""),
     ({"text": "x", "video": video_of(4), "max_frames": 3, "min_frames": 1}, "video", "4 frames"),
     ({"text": "x", "fps": 0}, "fps", "above 0"),
@@ -137,7 +142,7 @@ def test_one_frame_is_a_video(engine):
 
 
 def test_a_film_is_seen_and_if_asked_for_heard(engine):
-    """3.7 seconds: 6 of 37 frames at 1.62 a second, 3 times of 4 tokens; and 2 seconds of sound."""
+    """3.7 seconds: 6 of 37 frames, 3 times of 4 tokens; and 2 seconds of sound."""
     size = {"video_min_pixels": 4096, "video_max_pixels": 4096}
     asked = {"text": "What do you see?", "video": film(sound=2), **size}
     silent, sounding, mute = engine.generate_batch(

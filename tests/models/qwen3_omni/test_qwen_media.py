@@ -12,6 +12,8 @@ from PIL import Image
 from qwen_loop import FULL
 
 from mstar.errors import InvalidRequest
+from mstar.models.qwen3_omni.card import PARAMETERS
+from mstar.models.qwen3_omni.material import Reader
 from mstar.models.qwen3_omni.mel import log_mel
 from mstar.models.qwen3_omni.networks import networks
 from mstar.models.qwen3_omni.pixels import IMAGES, VIDEOS, PixelRule, normalised, to_patches
@@ -241,16 +243,33 @@ def test_arrays_of_frames_are_taken_as_they_are():
         read_video(frames, CONFIG.vision, Sampling(max_frames=4))
 
 
+def test_animations_and_lists_of_images_are_videos():
+    reader = Reader(
+        CONFIG, PARAMETERS.validate({"video_min_pixels": 1024, "use_audio_in_video": True})
+    )
+    frames = np.stack([np.full((64, 64, 3), 40 * k, np.uint8) for k in range(5)])
+    images = [Image.fromarray(frame) for frame in frames]
+    file = io.BytesIO()
+    images[0].save(file, "PNG", save_all=True, append_images=images[1:])
+    expected = reader.read("video", frames)
+    for given in (images, list(frames), file.getvalue()):
+        found = reader.read("video", given)
+        assert (found.key, found.size) == (expected.key, expected.size)
+    sound = np.zeros(1600, np.float32), 16000
+    assert reader.read("video", (images, sound)).size.sounds == 2
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (b"", "is no video"),
         (film(1)[:200], "cut off, or broken"),
         (file_of(tone(440, 16000), 16000), "holds no video"),
-        (np.zeros((2, 8, 8), np.uint8), r"must be uint8 \[times"),
-        (np.zeros((0, 8, 8, 3), np.uint8), r"must be uint8 \[times"),
+        (np.zeros((2, 8, 8), np.uint8), "must be uint8"),
+        (np.zeros((0, 8, 8, 3), np.uint8), "no frames"),
         (film(40, 1, (16, 16)), "longer than 20 seconds"),
         (5, "must be a path"),
+        ([np.zeros((64, side, 3), np.uint8) for side in (64, 640)], "several sizes"),
     ],
 )
 def test_videos_that_cannot_be_seen(given, said):

@@ -80,8 +80,9 @@ def test_text_alone_runs_nothing_but_the_thinker(engine):
     assert ran == {"thinker"}
 
 
-def test_sound_comes_while_the_text_is_still_written(engine):
-    events = list(engine.stream(**request_of(0, **SPOKEN)))
+@pytest.mark.parametrize("stop", [None, "never said"])
+def test_sound_comes_while_the_text_is_still_written(engine, stop):
+    events = list(engine.stream(**request_of(0, **SPOKEN), stop=stop))
     kinds = [type(event) for event in events]
     first = kinds.index(AudioChunk)
     assert TextChunk in kinds[first:]

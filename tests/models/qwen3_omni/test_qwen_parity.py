@@ -21,7 +21,7 @@ from mstar.models.qwen3_omni.card import PARAMETERS
 from mstar.models.qwen3_omni.mel import log_mel, mel_filters
 from mstar.models.qwen3_omni.networks import load_networks
 from mstar.models.qwen3_omni.pixels import normalised
-from mstar.models.qwen3_omni.prompt import Heard, Pictured, lay_out_pieces
+from mstar.models.qwen3_omni.prompt import Heard, Pictured, lay_out_pieces, next_position
 from mstar.models.qwen3_omni.vision import Grid
 from mstar.models.qwen3_omni.visuals import read_picture
 
@@ -229,7 +229,7 @@ def test_positions_of_random_prompts(seed, index, loop):
     segments = lay_out_pieces([*pieces, [*ends, 3, 3]], config)
     ids = torch.tensor([[token for segment in segments for token in segment.ids]])
     found = torch.cat([segment.positions for segment in segments], 1)
-    expected, _ = index(
+    expected, offset = index(
         input_ids=ids,
         image_grid_thw=torch.tensor(images) if images else None,
         video_grid_thw=torch.tensor(videos) if videos else None,
@@ -241,6 +241,27 @@ def test_positions_of_random_prompts(seed, index, loop):
     torch.testing.assert_close(found, expected[:, 0], atol=1e-5, rtol=0)  # an ulp or two
     whole = (found == found.floor()).all(0)
     assert torch.equal(found[:, whole], expected[:, 0, whole])
+    assert next_position(segments) == pytest.approx(float(offset) + ids.numel(), abs=1e-5)
+
+
+def test_an_answer_goes_on_after_a_video_that_is_higher_than_its_sound_is_long(index, loop):
+    config = loop.config.thinker
+    grid, frames = Grid(1, 40, 4), 37
+    before = [config.vision_start_token_id, config.audio_start_token_id]
+    after = [config.audio_end_token_id, config.vision_end_token_id, 3, 3]
+    seen = Pictured(grid, 1.0, config.audio.tokens(frames))
+    segments = lay_out_pieces([before, seen, after], config)
+    ids = torch.tensor([[token for segment in segments for token in segment.ids]])
+    _, offset = index(
+        input_ids=ids,
+        video_grid_thw=torch.tensor([grid]),
+        attention_mask=torch.ones_like(ids),
+        use_audio_in_video=True,
+        audio_seqlens=torch.tensor([frames]),
+        second_per_grids=torch.tensor([1.0]),
+    )
+    assert segments[-1].positions.max() < 21
+    assert next_position(segments) == float(offset) + ids.numel() == 22
 
 
 @pytest.fixture(scope="module")
