@@ -37,3 +37,4 @@ class Lane:
         with self._context():
             while (job := self._jobs.get()) is not None:
                 job()
+                del job  # and with it the batch, which may lie on a GPU
