@@ -28,6 +28,8 @@ from mstar.engine.kernels.pixels import normalise_pixels, normalise_pixels_torch
 from mstar.engine.kernels.rms_norm import rms_norm, rms_norm_torch
 from mstar.engine.kernels.rotary_store import HeadNorms, rotary_store, rotary_store_torch
 from mstar.engine.kernels.route import route, route_torch
+from mstar.engine.kernels.sample import sample_batch, sample_torch
+from mstar.engine.kernels.sample_rows import SampleRows
 from mstar.engine.kernels.snake import (
     depthwise_snake,
     depthwise_snake_torch,
@@ -36,6 +38,7 @@ from mstar.engine.kernels.snake import (
 )
 from mstar.engine.kernels.tuning import Choice
 from mstar.engine.layers.moe import experts_grouped, run_experts
+from mstar.engine.sampling import SamplerState, SamplingParams
 
 __all__ = ["rows"]
 
@@ -78,7 +81,7 @@ class Cases:
         """Cases are made group by group, so that their memory can go."""
         names = (
             *("decode", "extend", "norms", "rotary", "gated", "experts", "guided", "codec"),
-            *("vision", "planner"),
+            *("vision", "planner", "sampling"),
         )
         return {name: getattr(self, f"_{name}") for name in names}
 
@@ -263,6 +266,28 @@ class Cases:
             partial(l1_cost_torch, predicted, goal, 1e-5),
             moved=2.0 * predicted.numel(),
         )
+
+    def _sampling(self) -> Iterator[Case]:
+        """A step of sampling; torch sorts the vocabulary where top-k or top-p cut it."""
+        vocab = self.of(156_940, 300)
+        for count, options in (
+            *((count, {"temperature": 0.6, "top_p": 0.95}) for count in (1, 16, 64)),
+            (64, {"top_p": 0.95}),  # of such flat rows thousands of tokens are kept
+            (64, {"top_k": 50, "top_p": 0.8}),
+            (64, {"min_p": 0.05}),
+            (64, {}),
+            (64, {"temperature": 0.0}),
+        ):
+            logits = self.randn(self.of(count, 2), vocab) * 2
+            states = [SamplerState(SamplingParams(**options, seed=i), vocab) for i in range(count)]
+            rows = SampleRows(states[: len(logits)], vocab, self.device)
+            said = ", ".join(f"{name} {value}" for name, value in options.items())
+            yield Case(
+                f"sampling, {len(logits)} x {vocab}, {said or 'temperature 1'}",
+                partial(sample_batch, logits, rows),
+                partial(sample_torch, logits, rows),
+                moved=4.0 * logits.numel(),
+            )
 
 
 def _weights(function: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, top_k: int) -> Tensor:

@@ -230,6 +230,7 @@ class LanguageModel(Node):
 
     def warmup(self) -> None:
         """Capture what is captured. Afterwards decode steps up to `max_batch` only replay."""
+        self.sampler.warmup()
         if self._use_graphs and self.graphs is None:
             buckets = [1, 2, 4, *range(8, self.max_batch, 8), self.max_batch]
             graphs = DecodeGraphs(

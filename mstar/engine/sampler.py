@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mstar.engine.kernels.sample import SampleRows, bias, penalise, sample_batch, sample_row
+from mstar.engine.kernels.dispatch import use_triton
+from mstar.engine.kernels.sample import (
+    bias,
+    is_biased,
+    penalise,
+    sample_row,
+    sample_torch,
+)
+from mstar.engine.kernels.sample_fused import sample_triton
+from mstar.engine.kernels.sample_rows import SampleRows
 from mstar.engine.kernels.staging import to_device
 from mstar.engine.sampling import DeviceState, HostState, SamplerState, SamplingParams
 
@@ -24,6 +34,9 @@ class Sampler(Protocol):
 
     def close(self, state: SamplerState) -> None:
         """The sequence has ended."""
+
+    def warmup(self) -> None:
+        """Run once whatever is compiled when it is first run."""
 
     def sample(self, logits: Tensor, states: Sequence[SamplerState]) -> Tensor:
         """The next token of every row, int64 `[batch]`, on the device of `logits`.
@@ -47,6 +60,9 @@ class HostSampler:
 
     def close(self, state: SamplerState) -> None:
         """The sequence has ended."""
+
+    def warmup(self) -> None:
+        """Nothing here is compiled."""
 
     def sample(self, logits: Tensor, states: Sequence[HostState]) -> Tensor:
         """See `Sampler.sample`."""
@@ -89,18 +105,36 @@ class DeviceSampler:
             self._free.append(state.slot)
         state.slot = -1
 
+    def warmup(self) -> None:
+        """See `Sampler.warmup`: greedy or not, cut or not, with penalties or not."""
+        logits = torch.zeros(1, self.vocab_size, device=self.device)
+        for options in ({"temperature": 0.0}, {}, {"top_k": 1}):
+            for penalty in (1.0, 2.0):
+                state = self.open(SamplingParams(**options, repetition_penalty=penalty), ())
+                self.sample(logits.clone(), [state])
+                self.close(state)
+
     def sample(self, logits: Tensor, states: Sequence[DeviceState]) -> Tensor:
         """See `Sampler.sample`."""
         rows = SampleRows(states, self.vocab_size, logits.device)
+        tokens = (self._fused if use_triton(logits) else self._dense)(logits, states, rows)
+        for state in states:
+            state.drawn += 1
+        return tokens
+
+    def _fused(self, logits: Tensor, states: Sequence[DeviceState], rows: SampleRows) -> Tensor:
+        tables = (self._in_prompt, self._in_output) if rows.penalise else None
+        adjust = partial(bias, states=states) if any(map(is_biased, states)) else None
+        return sample_triton(logits, rows, tables, adjust)
+
+    def _dense(self, logits: Tensor, states: Sequence[DeviceState], rows: SampleRows) -> Tensor:
         if rows.penalise:
             slots = rows.slots
             logits = penalise(logits, self._in_prompt[slots], self._in_output[slots], rows)
-        tokens = sample_batch(bias(logits, states), rows)
+        tokens = sample_torch(bias(logits, states), rows)
         if rows.penalise:
             counted = rows.counted.to(torch.int32)
             self._in_output.index_put_((slots, tokens), counted, accumulate=True)
-        for state in states:
-            state.drawn += 1
         return tokens
 
     def _grow(self) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["exponential", "key", "mix", "uniform", "uniform_batch"]
+from mstar.engine.kernels.dispatch import jit, tl
+
+__all__ = ["exponential", "key", "mix", "remainders", "uniform", "uniform_batch"]
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -80,6 +82,22 @@ def uniform_batch(keys: Tensor, ids: Tensor) -> Tensor:
 def exponential(uniform: np.ndarray | Tensor) -> np.ndarray | Tensor:
     """Exponential variables of mean 1 from numbers in (0, 1). Each is greater than its number."""
     return -(torch if isinstance(uniform, Tensor) else np).log1p(-uniform)
+
+
+@jit
+def remainders(key, ids):
+    """1 minus what `uniform` gives, to the bit, in a Triton kernel; minus its logarithm is what
+    `exponential` gives.
+
+    Args:
+        key: a uint64.
+        ids: int32 of any shape; the result, float64, has the same.
+    """
+    value = ids.to(tl.uint64) * 0x9E3779B97F4A7C15 + (key + 0x9E3779B97F4A7C15)
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB
+    above_one = ((value >> 12) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+    return (2.0 - above_one) - 1.1102230246251565e-16  # 2^-53; nothing is rounded
 
 
 def _signed(value: int) -> int:

@@ -1,7 +1,8 @@
 """Sampling of tokens: penalties, temperature, top-k, top-p, min-p and the draw.
 
 `sample_row` serves one row on the CPU and never sorts the whole vocabulary. `sample_batch` serves
-a batch on a device with dense tensor operations; it is also what `sample_row` is tested against.
+a batch on a device: with the kernels of `sample_fused`, or without Triton with dense tensor
+operations (`sample_torch`), which are also what `sample_row` is tested against.
 
 The draw is a race: every token that is left runs for an exponential time divided by its weight,
 and the first to arrive is the token. It wins with a probability proportional to its weight (this
@@ -17,7 +18,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,12 +25,21 @@ import torch
 from torch import Tensor
 
 from mstar.engine.kernels.counter_noise import exponential, uniform, uniform_batch
-from mstar.engine.kernels.staging import pack
+from mstar.engine.kernels.dispatch import use_triton
+from mstar.engine.kernels.sample_fused import sample_triton
+from mstar.engine.kernels.sample_rows import SampleRows
 
 if TYPE_CHECKING:
-    from mstar.engine.sampling import DeviceState, HostState, SamplerState, SamplingParams
+    from mstar.engine.sampling import DeviceState, HostState, SamplingParams
 
-__all__ = ["SampleRows", "bias", "penalise", "sample_batch", "sample_row"]
+__all__ = [
+    "bias",
+    "is_biased",
+    "penalise",
+    "sample_batch",
+    "sample_row",
+    "sample_torch",
+]
 
 # Less likely than exp(-40) times the most likely token: a million of them weigh less than 1e-11.
 _NEGLIGIBLE = 40.0
@@ -239,71 +248,6 @@ def _penalise_row(logits: np.ndarray, state: HostState) -> None:
         logits[state.stop_ids] = -np.inf
 
 
-class SampleRows:
-    """The parameters of a batch as columns on its device, in two copies, and only if asked for."""
-
-    def __init__(self, states: Sequence[SamplerState], vocab: int, device: torch.device) -> None:
-        params = [state.params for state in states]
-        self.states = states
-        self.vocab = vocab
-        self.device = device
-        self.are_greedy = all(p.temperature == 0.0 for p in params)
-        self.penalise = any(p.penalises for p in params)
-        self.cut_by_rank = any(0 < p.top_k < vocab or p.top_p < 1.0 for p in params)
-
-    @cached_property
-    def _floats(self) -> list[Tensor]:
-        values = [
-            (p.temperature, p.top_p, p.min_p, s.repetition, s.presence, s.frequency)
-            for s in self.states
-            for p in (s.params,)
-        ]
-        return pack(list(zip(*values, strict=True)), torch.float64, self.device)
-
-    @cached_property
-    def _ints(self) -> list[Tensor]:
-        values = [
-            (
-                (s.next_key() ^ _SIGN) - _SIGN,  # the int64 with the same bits
-                s.params.top_k or self.vocab,
-                s.slot,
-                s.params.penalises,
-            )
-            for s in self.states
-        ]
-        return pack(list(zip(*values, strict=True)), torch.int64, self.device)
-
-    @property
-    def thresholds(self) -> tuple[Tensor, ...]:
-        """Temperature, top-p, min-p, float64 `[batch, 1]`."""
-        return tuple(column.unsqueeze(1) for column in self._floats[:3])
-
-    @property
-    def penalties(self) -> tuple[Tensor, ...]:
-        """Repetition, presence and frequency penalties, float32 `[batch, 1]`."""
-        return tuple(column.float().unsqueeze(1) for column in self._floats[3:])
-
-    @property
-    def keys(self) -> Tensor:
-        """Keys of the draws, int64 `[batch, 1]`, modulo 2^64."""
-        return self._ints[0].unsqueeze(1)
-
-    @property
-    def top_k(self) -> Tensor:
-        """Int64 `[batch, 1]`."""
-        return self._ints[1].unsqueeze(1)
-
-    @property
-    def slots(self) -> Tensor:
-        """Rows of the sampler's tables, int64 `[batch]`."""
-        return self._ints[2]
-
-    @property
-    def counted(self) -> Tensor:
-        """1 for the rows that have penalties, int64 `[batch]`."""
-        return self._ints[3]
-
-
 def penalise(logits: Tensor, in_prompt: Tensor, in_output: Tensor, rows: SampleRows) -> Tensor:
     """`logits` after repetition, presence and frequency penalties.
 
@@ -316,6 +260,11 @@ def penalise(logits: Tensor, in_prompt: Tensor, in_output: Tensor, rows: SampleR
     penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(in_prompt | (in_output > 0), penalised, logits)
     return logits - (presence * (in_output > 0) + frequency * in_output)
+
+
+def is_biased(state: DeviceState) -> bool:
+    """Whether `bias` changes the logits of this sequence now."""
+    return state.bias_places is not None or (state.stop_places is not None and not state.may_stop)
 
 
 def bias(logits: Tensor, states: Sequence[DeviceState]) -> Tensor:
@@ -334,6 +283,11 @@ def sample_batch(logits: Tensor, rows: SampleRows) -> Tensor:
     As for `sample_row`, which takes the same steps; it does not leave out what is negligible. The
     host waits for nothing.
     """
+    return (sample_triton if use_triton(logits) else sample_torch)(logits, rows)
+
+
+def sample_torch(logits: Tensor, rows: SampleRows) -> Tensor:
+    """`sample_batch` in plain torch."""
     top, greedy = logits.max(-1, keepdim=True)
     finite = top.isfinite()
     if rows.are_greedy:

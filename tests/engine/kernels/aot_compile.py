@@ -33,6 +33,8 @@ from mstar.engine.kernels import (
     rms_norm,
     rotary_store,
     route,
+    sample_cut,
+    sample_fused,
     snake,
 )
 
@@ -110,6 +112,19 @@ def _grouped(dtype: str, size: int, choice: dict[str, int], **more: Any) -> dict
     return {**tensors, "scales": "*fp32", **sizes, **choice, **more}
 
 
+_SAMPLE = {
+    **dict.fromkeys(("logits", "extents"), "*fp32"),
+    **dict.fromkeys(("temperatures", "top_ps", "min_ps", "scores"), "*fp64"),
+    **dict.fromkeys(("top_ks", "keys", "bins", "listed", "cuts", "tokens", "slots"), "*i64"),
+    **dict.fromkeys(("repetitions", "presences", "frequencies"), "*fp64"),
+    **dict.fromkeys(("bests", "winners", "in_output"), "*i32"),
+    **{"in_prompt": "*u8", "counted": "*i64", "BINS": sample_cut._BINS, "PLACES": 256},
+    **{"UNIT": 2.0**44, "BLOCK": sample_fused._BLOCK, "SPAN": sample_cut._SPAN, "num_warps": 4},
+    **{"CUT": True, "GREEDY": False, "COUNT": True, "WAYS": sample_cut._WAYS},
+}
+_CUT = {"BLOCK": sample_cut._SCAN, "num_warps": 8}
+_NO_TABLES = dict.fromkeys(("in_prompt", "in_output", "slots"))
+_NO_TABLES |= dict.fromkeys(("repetitions", "presences", "frequencies", "counted"))
 _ALONE = {"ALONE": True, "rows": "*i64", "owner": "*i64"}
 _FEW, _MANY = grouped_experts._FEW[0], grouped_experts._MANY[0]
 
@@ -142,6 +157,18 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (pixels._pixels_kernel, "bf16", {"frames": "*u8", "out": "*bf16", "BLOCK": 512, **_MEANS}),
     (route._route_kernel, "bf16", _ROUTE),
     (expert_blocks._expert_blocks_kernel, "", _BLOCKS),
+    (sample_fused._begin_kernel, "penalties", _SAMPLE),
+    (sample_fused._begin_kernel, "plain", _SAMPLE | _NO_TABLES),
+    (sample_fused._race_kernel, "", _SAMPLE),
+    (sample_fused._finish_kernel, "counted", _SAMPLE),
+    (
+        sample_fused._finish_kernel,
+        "greedy",
+        _SAMPLE | _NO_TABLES | {"GREEDY": True, "COUNT": False, "temperatures": None},
+    ),
+    (sample_cut._fill_kernel, "", _SAMPLE),
+    (sample_cut._list_kernel, "", _SAMPLE),
+    (sample_cut._cut_kernel, "", _SAMPLE | _CUT),
     (grouped_experts._gate_up_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
     (grouped_experts._gate_up_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),
     (grouped_experts._gate_up_kernel, "fp32", _grouped("fp32", 32, _FEW)),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from mstar.engine.kernels import sample
-from mstar.engine.kernels.sample import SampleRows, bias, penalise, sample_batch, sample_row
+from mstar.engine.kernels.sample import bias, penalise, sample_batch, sample_row
+from mstar.engine.kernels.sample_rows import SampleRows
 from mstar.engine.sampler import DeviceSampler, HostSampler
 from mstar.engine.sampling import HostState, SamplingParams
 
