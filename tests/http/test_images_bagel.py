@@ -95,6 +95,8 @@ def test_an_edit_has_the_size_of_its_image_and_parameters_in_its_form(client, si
         ({"cfg_interval": [1, 0]}, "cfg_interval", "low <= high"),
         ({"guidance_scale": "x"}, "guidance_scale", "number"),
         ({"num_inference_steps": 1}, "num_inference_steps", "from 2 to 1000"),
+        ({"n": 2, "latents": [[0.0] * 64] * 8}, "latents", "noise of one image, and n=2"),
+        ({"negative_prompt": "x", "guidance_scale": 1}, "negative_prompt", "there is none"),
         ({"temperature": 1.0}, "temperature", "a thought before it"),
         ({"prompt": " "}, "prompt", "empty"),
         ({"style": "grim"}, "style", "vivid"),

@@ -117,7 +117,13 @@ def params_of(
 def seeds_of(
     card: ModelCard, surface: ImagesSurface, params: Params, n: int
 ) -> list[dict[str, Any]]:
-    """The parameters of each of `n` images: the given seed and those after it, or new ones."""
+    """The parameters of each of `n` images: the given seed and those after it, or new ones.
+
+    Raises:
+        InvalidRequest: a seed is too large, or all would have the same noise.
+    """
+    if n > 1 and params.whole.get("latents") is not None:
+        raise InvalidRequest("latents", "given", f"are the noise of one image, and n={n}")
     if surface.seed is None:
         return [params.values] * n
     others, given = {}, False

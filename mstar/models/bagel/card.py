@@ -31,7 +31,7 @@ def array(value: Any) -> np.ndarray:
     """An array of finite float32 numbers, from an array or nested lists."""
     try:
         if hasattr(value, "detach"):
-            value = value.detach().cpu()
+            value = value.detach().cpu().float()  # numpy has no bfloat16
         found = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError):
         raise ValueError("must be an array of numbers") from None
@@ -136,7 +136,8 @@ _IMAGE = [
         low=0,
         high=100,
         nullable=True,
-        help="how strongly it follows the input images; by default 1.5, in an edit 2",
+        help="how strongly it follows the input images, where the text guides, too; by default "
+        "1.5, in an edit 2",
     ),
     Parameter(
         "cfg_interval",

@@ -54,7 +54,7 @@ async def draw(
     """Draw all images of a request; each is given to the caller decoded.
 
     Args:
-        abreast: how many there is room for at a time.
+        abreast: how many are drawn at a time.
     """
     grid, count = plan.drawing.grid, len(plan.drawing.noise)
     easel = _Easel(studio, request, plan.drawing, branches)

@@ -83,10 +83,9 @@ class Flow(Node):
                 calls = []
                 for _ in range(images):
                     drafts = [Draft(stack.enter_context(context.fork())) for _ in range(branches)]
-                    for draft in drafts:
-                        draft.kv.reserve(rows + 2, set())
                     padded = (*drafts, *[None] * (3 - branches))
                     calls.append(FlowCall(grid, still, FlowStep(1.0, 1.0, False), padded, UNGUIDED))
+                    _reserve(calls[-1], set())
                 self._run(calls)
 
     # -- inside --------------------------------------------------------------------------------
@@ -105,8 +104,7 @@ class Flow(Node):
             if batch and size > room:
                 continue
             try:
-                for draft in asked.branches:
-                    draft.kv.reserve(asked.tokens, busy)
+                _reserve(asked, busy)
             except Exception as error:
                 exhausted = isinstance(error, PagesExhausted)
                 if batch or (exhausted and not self._pool.is_alone(_group(call))):
@@ -117,20 +115,15 @@ class Flow(Node):
             room -= size
         return batch
 
-    def _has_pages(self, call: FlowCall) -> bool:
-        return all(
-            not draft.kv.group.is_out
-            and self._pool.pages_for(draft.kv.length + call.tokens) <= len(draft.kv.pages)
-            for draft in call.branches
-        )
-
     def _run(self, calls: list[FlowCall]) -> list[Tensor]:
         for call in calls:
-            if not self._has_pages(call):
+            try:
+                _reserve(call, set())  # all have their pages but one that never gets them
+            except PagesExhausted as error:
                 raise OutOfMemory(
                     f"the KV cache holds {self._pool.capacity} tokens, too few for the "
                     f"{len(call.branches)} contexts of an image of {call.tokens}"
-                )
+                ) from error
         moved = list(self._in_pace(calls))
         self._pool.released()  # the sequences are idle now: calls of another node may want pages
         return moved
@@ -151,3 +144,8 @@ class Flow(Node):
 
 def _group(call: Call) -> KVGroup:
     return call.payload.drafts[0].kv.group
+
+
+def _reserve(call: FlowCall, busy: set[KVGroup]) -> None:
+    for draft in call.branches:
+        draft.kv.reserve(call.tokens, busy)

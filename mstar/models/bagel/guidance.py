@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mstar.engine.kernels.guided_euler import guided_euler
 from mstar.engine.kernels.staging import to_device
 from mstar.models.bagel.card import RENORM_TYPES
 
-__all__ = ["UNGUIDED", "Guidance", "guidance_table", "guided_velocity"]
+__all__ = ["UNGUIDED", "Guidance", "guidance_table"]
 
 
 @dataclass(frozen=True)
@@ -77,19 +76,3 @@ def guidance_table(
         )
     ]
     return to_device(numbers, torch.float32, torch.device(device)).view(len(dt), -1)
-
-
-def guided_velocity(
-    main: Tensor, text: Tensor, image: Tensor, guidance: Sequence[Guidance]
-) -> Tensor:
-    """Velocities float32 `[requests, tokens, dim]` of images of one size.
-
-    Args:
-        main: with everything, `[requests, tokens, dim]`.
-        text: without text, of the same shape; `main` again where that is not needed.
-        image: without images; `main` again where that is not needed, or where there are none.
-    """
-    places = torch.arange(3 * len(main), dtype=torch.int32, device=main.device).view(3, -1)
-    table = guidance_table(guidance, [-1.0] * len(main), main.device)
-    still = torch.zeros_like(main, dtype=torch.float32)
-    return guided_euler(still, torch.cat([main, text, image]), places, table)

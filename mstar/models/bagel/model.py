@@ -176,15 +176,14 @@ class Bagel(Model):
     def _held(self, plan: Plan, main: int) -> int:
         """Tokens of KV cache that the contexts of a drawing take; the main one has `main`."""
         contexts, page = plan.contexts, self.lm.pool.page_size
-        beside = contexts.without_images.end.length if contexts.has_images else 0
+        images_apart = contexts.has_images and plan.branches == 3
+        beside = contexts.without_images.end.length if images_apart else 0
         negative = len(plan.drawing.negative or ())
         return main + beside + negative + 3 * page
 
     def _drafts(self, plan: Plan) -> int:
         """Tokens of KV cache that one image takes while it is drawn."""
-        drawing, page = plan.drawing, self.lm.pool.page_size
-        branches = 1 + drawing.is_guided * (1 + drawing.guidance.by_image)
-        return branches * (drawing.tokens + 2 * page)
+        return plan.branches * (plan.drawing.tokens + 2 * self.lm.pool.page_size)
 
     def _fill(self, plan: Plan) -> None:
         """Put the elements of a request into its contexts."""
@@ -252,17 +251,18 @@ class Bagel(Model):
                 return await self._write(request, plan, main, contexts.main.end)
             if not contexts.has_images:  # then it is the beginning of the main one
                 contexts.without_images.end.place(aside := stack.enter_context(main.fork()))
-            elif plan.drawing.is_guided and plan.drawing.guidance.by_image:
+            elif plan.branches == 3:
                 await prefill(self.lm, aside, contexts.without_images.spans)
                 contexts.without_images.end.place(aside)
             if plan.think:
                 await self._think(request, plan, contexts, main)
             away = stack.enter_context(main.fork())
             await self._without_text(away, contexts.without_text, plan)
-            same = not contexts.has_images and not plan.think
-            branches = Branches(main, away, None if same else aside)
+            branches = Branches(main, away, aside if plan.is_apart else None)
             left = self.lm.pool.capacity - self._held(plan, main.length)
-            abreast = max(1, left // self._drafts(plan))
+            # More than go together would only come later, and take pages that others need.
+            together = self.flow.budget // (plan.branches * plan.drawing.tokens)
+            abreast = max(1, min(left // self._drafts(plan), together))
             await draw(self, request, plan, branches, abreast)
         return "stop"
 
@@ -275,12 +275,13 @@ class Bagel(Model):
 
     async def _think(self, request: Request, plan: Plan, contexts: Contexts, main: KVCache) -> None:
         """Think on a copy of the context, and append what was thought, as text, to it."""
+        stop = request.params["stop"] or ()
         with main.fork() as kv:
             limit = request.params["max_think_tokens"] - 1
-            text = self._generation(request, plan, kv, limit, request.params["stop"] or ())
+            text = self._generation(request, plan, kv, limit, stop)
             await text.emit(request)
         plan.notes["thought"] = text.finish_reason
-        span = self.tokenizer.text_span(self.tokenizer.answer(text.ids))
+        span = self.tokenizer.text_span(self.tokenizer.answer(text.ids, stop))
         contexts.main.text(span)
         await prefill(self.lm, main, contexts.main.spans[-1:])
         contexts.main.end.place(main)

@@ -75,6 +75,17 @@ class Plan:
     notes: dict[str, Any] = field(default_factory=dict)
     contexts: Contexts = field(default_factory=Contexts)
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether the context without images is another than the main one."""
+        return self.contexts.has_images or self.think
+
+    @property
+    def branches(self) -> int:
+        """Of guidance, where it is on: the contexts that one image is drawn from."""
+        by_image = self.drawing.guidance.by_image and self.is_apart
+        return 1 + self.drawing.is_guided * (1 + by_image)
+
 
 class Planner:
     """Makes plans, in the callers' threads.
@@ -185,7 +196,7 @@ class Planner:
 
         interval = chosen("cfg_interval", (0.4, 1.0), (0.0, 1.0))
         negative = params["negative_prompt"]
-        return Drawing(
+        drawing = Drawing(
             grid,
             noise,
             flow_steps(params["num_timesteps"], params["timestep_shift"], interval),
@@ -197,6 +208,11 @@ class Planner:
             ),
             self.tokenizer.text_span(negative) if negative and negative.strip() else None,
         )
+        if drawing.negative is not None and not drawing.is_guided:
+            why = f"cfg_text_scale={params['cfg_text_scale']} in cfg_interval={interval}"
+            allowed = f"guidance leads away from it, and there is none with {why}"
+            raise InvalidRequest("negative_prompt", negative[:80], allowed)
+        return drawing
 
     def _size(self, pictures: list[Picture], params: dict[str, Any]) -> tuple[int, int]:
         """Height and width of the image: as asked, or of the last picture, or the usual."""

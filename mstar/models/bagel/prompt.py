@@ -57,7 +57,8 @@ class Tokenizer(FastTokenizer):
         """Ids of a piece of text as it stands in a context."""
         return [self.start, *self.encode(text), self.end]
 
-    def answer(self, ids: Sequence[int]) -> str:
-        """The text of ids that were generated after `start`, up to the first mark around text."""
+    def answer(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
+        """The text of ids that were generated after `start`, up to the first mark around text, or
+        to one of the strings `stop`."""
         text = self.decode(ids)
-        return min((text.split(mark, 1)[0] for mark in _MARKS[:2]), key=len)
+        return min((text.split(end, 1)[0] for end in (*_MARKS[:2], *stop)), key=len)

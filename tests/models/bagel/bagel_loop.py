@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mstar.engine.kernels.guided_euler import guided_euler
 from mstar.engine.layers.attention import GrowingContext
 from mstar.models.bagel.autoencoder import Autoencoder
-from mstar.models.bagel.guidance import Guidance, guided_velocity
+from mstar.models.bagel.guidance import Guidance, guidance_table
 from mstar.models.bagel.networks import Bagel, load_networks
 from mstar.models.bagel.pixels import patchify, resized, to_pixels, to_uint8, unpatchify
 from mstar.models.bagel.prompt import THINK_THEN_ANSWER, THINK_THEN_DRAW, Tokenizer
@@ -272,3 +273,17 @@ def as_published(rows: Tensor, lead: int) -> Tensor:
     if not lead:
         return rows
     return torch.cat([rows[lead : lead + 1], rows[:lead], rows[lead + 1 :]])
+
+
+def guided_velocity(main: Tensor, text: Tensor, image: Tensor, guidance: list[Guidance]) -> Tensor:
+    """Velocities float32 `[requests, tokens, dim]` of images of one size.
+
+    Args:
+        main: with everything, `[requests, tokens, dim]`.
+        text: without text, of the same shape; `main` again where that is not needed.
+        image: without images; `main` again where that is not needed, or where there are none.
+    """
+    places = torch.arange(3 * len(main), dtype=torch.int32, device=main.device).view(3, -1)
+    table = guidance_table(guidance, [-1.0] * len(main), main.device)
+    still = torch.zeros_like(main, dtype=torch.float32)
+    return guided_euler(still, torch.cat([main, text, image]), places, table)

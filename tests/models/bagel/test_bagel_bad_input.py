@@ -36,6 +36,7 @@ def chunk(kind, data):
 NO_WIDTH = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 2, 0, 0, 0))
 NO_WIDTH += chunk(b"IDAT", zlib.compress(bytes(5))) + chunk(b"IEND", b"")
 IMAGE = {"output_modalities": ("image",)}
+UNGUIDED = "negative_prompt", "guidance leads away from it, and there is none"
 BAD = [
     ({"text": ""}, "text", "is empty"),
     ({"text": " \n "}, "text", "is empty"),
@@ -107,6 +108,8 @@ BAD = [
         "there is room for",
     ),
     ({"text": "x", **IMAGE, "negative_prompt": "word " * 900}, "text", "KV cache"),
+    ({"text": "x", **IMAGE, "negative_prompt": "y", "cfg_text_scale": 1}, *UNGUIDED),
+    ({"text": "x", **IMAGE, "negative_prompt": "y", "cfg_interval": [0, 0]}, *UNGUIDED),
     ({"messages": [{"role": "user", "content": []}]}, "messages", "neither text nor an image"),
     ({"messages": [{"role": "user", "content": " "}]}, "messages", "neither text nor an image"),
     ({"text": "x", "max_output_tokens": 4, "min_tokens": 5}, "min_tokens", "exceed"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bagel_loop import guided_velocity
 
-from mstar.models.bagel.guidance import RENORM_TYPES, Guidance, guided_velocity
+from mstar.models.bagel.guidance import RENORM_TYPES, Guidance
 from mstar.models.bagel.schedule import flow_steps, timesteps
 from mstar.models.bagel.taylorseer import TaylorSeer
 

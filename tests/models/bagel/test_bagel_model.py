@@ -9,10 +9,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from asking import DATA, assert_same_picture, file_of, levels, request_of
 from safetensors.numpy import load_file
 
 from mstar import Engine, InvalidRequest, OutOfMemory, RequestCancelled
+from mstar.engine.kvcache import KVCache
 from mstar.types import ImageChunk, ProgressChunk, TextChunk
 from tests.waiting import until
 
@@ -103,6 +105,14 @@ def test_noise_can_be_given_instead_of_a_seed(engine):
         assert_golden("edit_text_channel", result)
 
 
+def test_noise_may_be_in_half_precision(engine):
+    noise = torch.randn(16, 64).bfloat16()
+    one, other = (
+        engine.generate(text="A boat", latents=x, **BRIEF) for x in (noise, noise.float())
+    )
+    assert one.images == other.images
+
+
 def test_several_images_come_from_noise_that_follows_on(engine):
     asked = {**BRIEF, "text": "A boat", "seed": 3}
     several = engine.generate(**asked, num_images=3)
@@ -139,6 +149,18 @@ def test_a_thought_that_was_cut_is_told_with_the_image(engine):
         assert image.metadata["thought"] == reason
 
 
+def test_what_ends_a_thought_is_not_thought(engine, monkeypatch):
+    case = {**request_of(CASES["t2i_think"]), "output_modalities": ("text", "image")}
+    stop = engine.generate(**case).text[4]
+    read, text_span = [], engine.model.tokenizer.text_span
+    monkeypatch.setattr(
+        engine.model.tokenizer, "text_span", lambda text: read.append(text) or text_span(text)
+    )
+    shown = engine.generate(**case, stop=stop).text
+    assert stop not in shown
+    assert read[-1] == shown
+
+
 def test_previews_do_not_keep_others_from_their_images(engine):
     greedy = [
         engine.submit(
@@ -146,9 +168,9 @@ def test_previews_do_not_keep_others_from_their_images(engine):
         )
         for _ in range(4)
     ]
-    began = time.monotonic()
-    engine.generate(text="A car", **BRIEF)
-    assert time.monotonic() - began < 5
+    engine.generate(text="A car", **{**BRIEF, "num_timesteps": 20})
+    assert engine.stats()["nodes"]["decode"]["waiting"] <= 4 * 4  # none wait behind those
+    assert not any(handle.done for handle in greedy)
     for handle in greedy:
         handle.cancel()
 
@@ -214,6 +236,14 @@ def test_a_request_for_many_images_leaves_others_their_turn(engine, monkeypatch)
     many.cancel()
 
 
+def test_images_that_do_not_go_together_come_one_after_another(engine, monkeypatch):
+    monkeypatch.setattr(engine.model.flow, "budget", 1)
+    asked = {**BRIEF, "num_images": 2, "progress": True, "stream": True}
+    events = [e for e in engine.generate(text="A boat", **asked) if "index" in e.metadata]
+    assert [event.metadata["index"] for event in events] == [0] * 5 + [1] * 5
+    assert [isinstance(event, ImageChunk) for event in events] == ([False] * 4 + [True]) * 2
+
+
 def test_an_image_that_never_fits_is_an_error_of_its_own(monkeypatch):
     with Engine("bagel-tiny", kv_tokens=160) as engine:
         with monkeypatch.context() as careless:
@@ -221,7 +251,24 @@ def test_an_image_that_never_fits_is_an_error_of_its_own(monkeypatch):
             with pytest.raises(OutOfMemory, match="holds 160 tokens"):
                 engine.generate(text="A boat", **{**BRIEF, "width": 128, "height": 128})
         assert pages_used(engine) == 0
-        assert engine.generate(text="A boat", **{**BRIEF, "width": 16, "height": 16}).images
+        # Without images and thoughts there are two contexts, whatever the guidance by images.
+        assert engine.generate(text="A boat", **BRIEF).images
+
+
+def test_an_error_of_the_cache_is_told_as_it_is(engine, monkeypatch):
+    reserve = KVCache.reserve
+
+    def failing(kv, tokens, busy):
+        if tokens == 16 + 2:
+            raise MemoryError("no room on the host")
+        reserve(kv, tokens, busy)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(KVCache, "reserve", failing)
+        with pytest.raises(Exception, match="no room on the host"):
+            engine.generate(text="A boat", **BRIEF)
+    assert pages_used(engine) == 0
+    assert engine.generate(text="A boat", **BRIEF).images
 
 
 def test_a_picture_is_encoded_once_for_all_questions():
