@@ -41,5 +41,5 @@ def test_the_quick_start_is_two_commands_that_ci_runs():
     assert "-c constraints.txt torch==" in first
     assert first.index("torch==") < first.index("-e '.[all,dev]'")
     assert "mstar generate orpheus-tiny" in first
-    assert second.endswith("-m pytest -q")
+    assert second.endswith("-m pytest -q -n 2 --dist loadfile")
     assert "README.md" in (ROOT / ".ci" / "run").read_text()

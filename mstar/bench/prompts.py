@@ -79,7 +79,7 @@ def from_file(path: Path) -> list[Prompt]:
         raise InvalidRequest("--prompts", str(path), f"cannot be read: {why}") from None
     as_json = path.suffix.lower() in (".jsonl", ".ndjson")
     prompts = [
-        _of_json(f"{path}:{number}", line) if as_json else Prompt(line)
+        _of_json(path, number, line) if as_json else Prompt(line)
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
@@ -107,11 +107,12 @@ def attachments(paths: Sequence[Path]) -> list[Attachment]:
     return found
 
 
-def _of_json(place: str, line: str) -> Prompt:
+def _of_json(path: Path, number: int, line: str) -> Prompt:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise InvalidRequest("--prompts", place, f"is not JSON: {error}") from None
+        allowed = f"line {number} is not JSON: {error}"
+        raise InvalidRequest("--prompts", str(path), allowed) from None
     if isinstance(value, str):
         return Prompt(value)
     if isinstance(value, dict):
@@ -121,4 +122,5 @@ def _of_json(place: str, line: str) -> Prompt:
             return Prompt(text or "", tuple(messages))
         if text is not None:
             return Prompt(text)
-    raise InvalidRequest("--prompts", place, "must be a string or an object with prompt, messages")
+    allowed = f"line {number} must be a string or an object with prompt, messages"
+    raise InvalidRequest("--prompts", str(path), allowed)

@@ -118,7 +118,7 @@ def test_strange_lines_of_prompts_are_refused(stub, tmp_path, line):
     file.write_text(f'"fine"\n{line}\n')
     result = bench(stub.url, "--prompts", file)
     assert result.exit_code == 2
-    assert "a.jsonl:2" in result.stderr
+    assert "line 2 " in result.stderr
 
 
 def test_when_nothing_is_answered_the_exit_code_says_so(stub):
