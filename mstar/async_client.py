@@ -110,7 +110,7 @@ class AsyncMStarClient:
         )
 
     async def generate_image(self, prompt: str, **kwargs: Any) -> bytes:
-        """Paint one image and return it as PNG."""
+        """Paint one image and return it as PNG; `generate` returns all where there are several."""
         result = await self.generate(text=prompt, output_modalities=("image",), **kwargs)
         if not result.images:
             raise RequestFailed(f"the model made no image (finish_reason={result.finish_reason})")

@@ -126,7 +126,7 @@ class GenerateMethods(ABC):
         )
 
     def generate_image(self, prompt: str, **kwargs: Any) -> bytes:
-        """Paint one image and return it as PNG."""
+        """Paint one image and return it as PNG; `generate` returns all where there are several."""
         result = self._whole(prompt, "image", kwargs)
         if not result.images:
             raise RequestFailed(f"the model made no image (finish_reason={result.finish_reason})")
