@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mstar.engine.captured import Captured, Record, record
+from mstar.engine.captured import Captured, Record
 from mstar.engine.kernels.paged_batch import BatchTensors
 from mstar.engine.kernels.staging import block_table, pack
 from mstar.engine.kvcache import KVPool
 from mstar.engine.paged_context import PagedContext
 
-__all__ = ["DecodeGraphs", "record"]
+__all__ = ["DecodeGraphs"]
 
 Outputs = tuple[Tensor, Tensor]
 Forward = Callable[[Tensor, Tensor, PagedContext], Outputs]

@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mstar.engine.graphs import DecodeGraphs, record
+from mstar.engine.captured import record
+from mstar.engine.graphs import DecodeGraphs
 from mstar.engine.kernels.paged_batch import PagedBatch
 from mstar.engine.kernels.staging import pack, to_device
 from mstar.engine.kvcache import KVCache, KVGroup, KVLayout, KVPool

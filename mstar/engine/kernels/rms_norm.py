@@ -13,7 +13,8 @@ from typing import overload
 import torch.nn.functional as F
 from torch import Tensor
 
-from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton, use_triton
+from mstar.engine.kernels.dispatch import jit, tl, use_triton
+from mstar.engine.kernels.norm_rows import norm_rows
 
 __all__ = ["rms_norm", "rms_norm_torch", "rms_norm_triton"]
 
@@ -57,35 +58,7 @@ def rms_norm_triton(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`rms_norm` as one Triton kernel: each element is read once and written once."""
-    hidden = x.shape[-1]
-    rows = x.reshape(-1, hidden)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    fused = residual is not None
-    other = residual.reshape(-1, hidden) if fused else rows
-    other = other if other.stride(1) == 1 else other.contiguous()
-    out = rows.new_empty(rows.shape)
-    total = rows.new_empty(rows.shape) if fused else out
-    block = next_power_of_2(hidden)
-    rows_per_program = max(1, 1024 // block)  # head norms have short rows
-    if len(rows):
-        _rms_norm_kernel[(triton.cdiv(len(rows), rows_per_program),)](
-            rows,
-            other,
-            weight,
-            out,
-            total,
-            len(rows),
-            eps,
-            rows.stride(0),
-            other.stride(0),
-            HIDDEN=hidden,
-            BLOCK=block,
-            ROWS=rows_per_program,
-            FUSED=fused,
-            num_warps=min(16, max(2, block // 512)),
-        )
-    normed = out.view(x.shape)
-    return (normed, total.view(x.shape)) if fused else normed
+    return norm_rows(_rms_norm_kernel, x, residual, (weight,), eps)
 
 
 @jit

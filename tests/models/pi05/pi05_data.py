@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from mstar import Engine
 from mstar.models import pi05
 
 DATA = Path(__file__).parents[2] / "data" / "pi05"
@@ -91,3 +92,19 @@ def every_case(goldens: Goldens) -> dict[str, tuple[dict, torch.Tensor, float]]:
 def picture(file: str) -> np.ndarray:
     """Bytes `[height, width, 3]` of a PNG of the goldens."""
     return np.array(Image.open(DATA / Path(file).name).convert("RGB"))
+
+
+def check_alone_and_together(engine: Engine, goldens: Goldens, node: str) -> dict[str, int]:
+    """Every golden by itself, then all at once, to the same bits; the calls and batches of a node
+    in the second round."""
+    cases = every_case(goldens)
+    alone = {}
+    for name, (request, expected, near) in cases.items():
+        alone[name] = engine.generate(**request).actions
+        np.testing.assert_allclose(alone[name], expected, atol=near, rtol=0, err_msg=name)
+    before = engine.stats()["nodes"][node]
+    handles = {name: engine.submit(**request) for name, (request, *_) in reversed(cases.items())}
+    for name, handle in handles.items():
+        assert np.array_equal(handle.result().actions, alone[name]), name
+    after = engine.stats()["nodes"][node]
+    return {name: after[name] - before[name] for name in ("calls", "batches")}

@@ -10,7 +10,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from pi05_data import TINY, asked, every_case
+from pi05_data import TINY, asked, check_alone_and_together
 from safetensors.torch import load_file, save_file
 
 from mstar import Engine, InvalidRequest, WeightsError
@@ -31,17 +31,8 @@ def engine():
 
 
 def test_every_golden_alone_and_all_of_them_at_once(engine, goldens):
-    cases = every_case(goldens)
-    alone = {}
-    for name, (request, expected, near) in cases.items():
-        alone[name] = engine.generate(**request).actions
-        np.testing.assert_allclose(alone[name], expected, atol=near, rtol=0, err_msg=name)
-    before = engine.stats()["nodes"]["step"]
-    handles = {name: engine.submit(**request) for name, (request, *_) in reversed(cases.items())}
-    for name, handle in handles.items():
-        assert np.array_equal(handle.result().actions, alone[name]), name
-    after = engine.stats()["nodes"]["step"]
-    assert after["batches"] - before["batches"] < after["calls"] - before["calls"]
+    made = check_alone_and_together(engine, goldens, "step")
+    assert made["batches"] < made["calls"]
 
 
 def test_the_same_observation_and_seed_give_the_same_bits_on_any_thread(engine, goldens):

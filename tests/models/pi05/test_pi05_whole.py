@@ -7,7 +7,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
-from pi05_data import asked, every_case
+from pi05_data import asked, check_alone_and_together, every_case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mstar import Engine, InvalidRequest
@@ -56,19 +56,9 @@ def engine(request):
 
 
 def test_every_golden_alone_and_all_of_them_at_once(engine, goldens):
-    cases = every_case(goldens)
-    alone = {}
-    for name, (request, expected, near) in cases.items():
-        alone[name] = engine.generate(**request).actions
-        np.testing.assert_allclose(alone[name], expected, atol=near, rtol=0, err_msg=name)
-    before = engine.stats()["nodes"]["act"]
-    handles = {name: engine.submit(**request) for name, (request, *_) in reversed(cases.items())}
-    for name, handle in handles.items():
-        assert np.array_equal(handle.result().actions, alone[name]), name
-    after = engine.stats()["nodes"]["act"]
-    calls, batches = (after[name] - before[name] for name in ("calls", "batches"))
-    assert calls == len(cases)
-    assert (batches < calls) == (engine.model.whole.rows > 1)
+    made = check_alone_and_together(engine, goldens, "act")
+    assert made["calls"] == len(every_case(goldens))
+    assert (made["batches"] < made["calls"]) == (engine.model.whole.rows > 1)
 
 
 def test_robot_units_are_those_of_the_host_to_the_bit(engine, goldens, monkeypatch):
