@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mstar.engine.kernels import matvec, tuning
 from mstar.engine.kernels.ada_norm import ada_norm, ada_norm_torch
+from mstar.engine.kernels.codec_conv import codec_conv, codec_conv_torch
 from mstar.engine.kernels.gated import gated_torch, silu_mul
 from mstar.engine.kernels.guided_euler import COLUMNS, guided_euler, guided_euler_torch
 from mstar.engine.kernels.l1_cost import l1_cost, l1_cost_torch
@@ -24,7 +25,8 @@ from mstar.engine.kernels.paged_decode import paged_decode_triton
 from mstar.engine.kernels.paged_extend import paged_extend_triton
 from mstar.engine.kernels.paged_tiles import DECODE, EXTEND, tiles
 from mstar.engine.kernels.pair_rotary import pair_rotary, pair_rotary_torch
-from mstar.engine.kernels.pixels import normalise_pixels, normalise_pixels_torch
+from mstar.engine.kernels.quantize_rows import quantize_rows
+from mstar.engine.kernels.resize import Normal, resize
 from mstar.engine.kernels.rms_norm import rms_norm, rms_norm_torch
 from mstar.engine.kernels.rotary_store import HeadNorms, rotary_store, rotary_store_torch
 from mstar.engine.kernels.route import route, route_torch
@@ -38,6 +40,7 @@ from mstar.engine.kernels.snake import (
 )
 from mstar.engine.kernels.tuning import Choice
 from mstar.engine.layers.moe import experts_grouped, run_experts
+from mstar.engine.layers.quantized import Quantized, quantized_linear
 from mstar.engine.sampling import SamplerState, SamplingParams
 
 __all__ = ["rows"]
@@ -81,7 +84,7 @@ class Cases:
         """Cases are made group by group, so that their memory can go."""
         names = (
             *("decode", "extend", "norms", "rotary", "gated", "experts", "guided", "codec"),
-            *("vision", "planner", "sampling"),
+            *("vision", "planner", "sampling", "quantized"),
         )
         return {name: getattr(self, f"_{name}") for name in names}
 
@@ -210,6 +213,25 @@ class Cases:
                 waits=True,
             )
 
+    def _quantized(self) -> Iterator[Case]:
+        """Beside the library's product with what the weight stands for, in bfloat16."""
+        inputs, outputs = self.of(3072, 48), self.of(8192, 32)
+        plain = self.randn(outputs, inputs, dtype=BF16)
+        for kind in ("int8", "fp8"):
+            weight = Quantized.empty(plain.shape, kind, self.device)
+            weight.fill(0, plain)
+            same = (weight.values.float() * weight.scales[:, None]).to(BF16)
+            for count in (1, 8, 64, 4096):
+                values, scales = quantize_rows(self.randn(self.of(count, min(count, 70)), inputs))
+                x = (values.float() * scales[:, None]).to(BF16)  # rounded already
+                yield Case(
+                    f"{kind} product, {len(x)} x {inputs} to {outputs}",
+                    partial(quantized_linear, x, weight),
+                    partial(F.linear, x, same),
+                    moved=1.0 * plain.numel() + 2.0 * len(x) * (inputs + outputs),
+                    flops=2.0 * len(x) * plain.numel() / (2 if kind == "fp8" else 1),
+                )
+
     def _guided(self) -> Iterator[Case]:
         requests, tokens, dim = self.of(4, 2), self.of(4096, 30), 64
         x = self.randn(requests, tokens, dim)
@@ -235,6 +257,22 @@ class Cases:
                 partial(snake_torch, turned, alpha, inverse, dim),
                 moved=8.0 * x.numel(),
             )
+        del x, turned
+        for width, long in ((768, 1024), (96, 49152)):
+            width, long = self.of(width, 9), self.of(long, 30)
+            x, weight = self.randn(8, width, long), self.randn(width, width, 7)
+            bias, alpha, inverse = self.randn(3, width).abs().add_(0.1)
+            given = (x, weight, bias)
+            more = {"dilation": 3, "residual": x, "activation": (alpha, inverse)}
+            yield Case(
+                f"convolution + residual + snake, 8 x {width} x {long}",
+                partial(codec_conv, *given, **more),
+                partial(codec_conv_torch, *given, **more),
+                moved=16.0 * x.numel(),
+                flops=6 * 14.0 * x.numel() * width,  # three products, at half the rate of bf16
+            )
+        x = self.randn(8, steps, channels)
+        alpha, inverse = self.randn(2, channels).abs().add_(0.1)
         taps, bias = self.randn(channels, 7), self.randn(channels)
         yield Case(
             f"depthwise convolution + snake, 8 x {steps} x {channels}",
@@ -244,17 +282,32 @@ class Cases:
         )
 
     def _vision(self) -> Iterator[Case]:
-        side = self.of(256, 8)
-        shape = (self.of(64, 2), side, side, 3)
-        frames = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
-        given = (frames, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), BF16)
-        yield Case(
-            f"normalise uint8, {shape}",
-            partial(normalise_pixels, *given),
-            partial(normalise_pixels_torch, *given),
-            moved=3.0 * frames.numel(),
-            waits=True,
+        normal = Normal((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), BF16)  # small numbers would differ more
+        mean, std = (
+            torch.tensor(v, device=self.device).view(3, 1, 1) for v in (normal.mean, normal.std)
         )
+        for count, height, width, size, kind in (
+            (self.of(64, 2), self.of(256, 8), self.of(256, 8), self.of(256, 8), "bilinear"),
+            (self.of(64, 1), self.of(720, 12), self.of(1280, 20), self.of(256, 5), "bilinear"),
+            (1, self.of(3000, 12), self.of(4000, 16), self.of(980, 5), "bicubic"),
+        ):
+            shape = count, height, width, 3
+            frames = torch.randint(256, shape, dtype=torch.uint8, device=self.device)
+            target = size, width * size // height
+            yield Case(
+                f"{kind} resize and normalise, {shape} to {target}",
+                partial(resize, frames, target, kind, "pillow", normal),
+                partial(self._interpolated, frames, target, kind, mean, std),
+                moved=frames.numel() + 6.0 * count * target[0] * target[1],
+            )
+
+    def _interpolated(
+        self, frames: Tensor, size: tuple[int, int], kind: str, mean: Tensor, std: Tensor
+    ) -> Tensor:
+        """As torch does it on a GPU: in float, without the bytes between rows and columns."""
+        x = frames.movedim(-1, -3).float()
+        x = F.interpolate(x, size, mode=kind, antialias=True).clamp_(0, 255)
+        return x.div_(255).sub_(mean).div_(std).to(BF16)
 
     def _planner(self) -> Iterator[Case]:
         samples, tokens, width = self.of(800, 3), self.of(256, 6), self.of(1408, 20)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Clock", "ceilings", "norm_error"]
+__all__ = ["Clock", "ceilings", "idle", "idle_during", "norm_error"]
 
 _FLUSH = 1 << 28  # bytes, more than any cache
 _WARM, _BUDGET, _MOST = 3, 0.15, 200
@@ -75,6 +76,41 @@ def ceilings(clock: Clock, *, tiny: bool = False) -> dict[str, float]:
         "bytes_per_s": 2 * size / clock.seconds(lambda: target.copy_(source)),
         "flops_per_s": 2 * side**3 / clock.seconds(lambda: torch.mm(a, b, out=out)),
     }
+
+
+def idle_during(run: Callable[[], object]) -> dict[str, object]:
+    """What the GPU does not do during a call, see `idle`; why that cannot be told, where a profiler
+    is not allowed. Graphs count by what is in them."""
+    try:
+        on_gpu = torch.cuda.is_available()
+        with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as found:
+            run()
+            if on_gpu:
+                torch.cuda.synchronize()
+        events = found.profiler.kineto_results.events()
+        busy = [e for e in events if str(e.device_type()).endswith("CUDA")]
+        return idle((e.start_ns(), e.start_ns() + e.duration_ns()) for e in busy)
+    except Exception as error:
+        return {"gpu_idle": f"{type(error).__name__}: {error}"[:300]}
+
+
+def idle(busy: Iterable[tuple[int, int]], longest: int = 10_000) -> dict[str, float]:
+    """Shares of the time between the first tenth and the last one of what a GPU did in which it did
+    nothing: in all, and in gaps of more than `longest` ns, in which it waits for the host."""
+    spans = sorted(busy)
+    tenth = len(spans) // 10
+    spans = spans[tenth : len(spans) - tenth]
+    if not spans:
+        return {}
+    begin, end = spans[0]
+    gaps = []
+    for start, stop in spans:
+        if start > end:
+            gaps.append(start - end)
+        end = max(end, stop)
+    whole = max(end - begin, 1)
+    waits = sum(gap for gap in gaps if gap > longest)
+    return {"gpu_idle": sum(gaps) / whole, "gpu_waits": waits / whole}
 
 
 def norm_error(found: object, expected: object) -> float:

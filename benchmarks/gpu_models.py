@@ -1,10 +1,13 @@
 """Orpheus and BAGEL at their published sizes on a GPU, with random weights.
 
-    python benchmarks/gpu_models.py orpheus|bagel [--device cpu --tiny]
+    python benchmarks/gpu_models.py orpheus|compiled|bagel [--device cpu --tiny]
 
 Prints one JSON object a line, as the figures come. The other families' benchmarks run on a GPU by
 themselves; `gpu.py` calls them all. A step is the difference of two runs of different lengths, over
-the difference of their lengths.
+the difference of their lengths; `of_floor` is its time over that of reading its weights. `gpu_idle`
+is the share of a decoding loop in which the GPU did nothing, `gpu_waits` that of its gaps of more
+than 10 us: there it waited for the host. `compiled` is the step of transformers' `generate` with a
+static cache, which it compiles on a GPU.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_measure import idle_during
 from PIL import Image
 
 from mstar import Engine
@@ -42,6 +47,12 @@ def step(run: Callable[[int], object], short: int, long: int) -> float:
     """Seconds of a step, from runs of two lengths; the best of two of each."""
     times = [min(seconds(lambda n=n: run(n)) for _ in range(2)) for n in (short, long)]
     return (times[1] - times[0]) / (long - short)
+
+
+def idle_in(engine: Engine, run: Callable[[], object]) -> Iterator[dict]:
+    """What a GPU does not do meanwhile; nothing without one."""
+    if engine.device.type == "cuda":
+        yield idle_during(run)
 
 
 def together(engine: Engine, requests: list[dict[str, Any]]) -> list[Any]:
@@ -81,18 +92,26 @@ def make_speak(network: torch.nn.Module) -> None:
     head[slots[0, 0]] += embedding[start]
 
 
-def orpheus(device: str, tiny: bool) -> Iterator[dict]:
+def orpheus(device: str, tiny: bool, bandwidth: float = 0.0) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as temporary:
         folders = untied(Path(temporary) / "lm", tiny)
         began = time.perf_counter()
         with Engine("orpheus", weights=folders, load_format="dummy", device=device) as engine:
             yield {"ready_s": time.perf_counter() - began}
-            yield from speaking(engine, *(((28, 42), 2) if tiny else ((70, 350), 64)))
+            sizes = ((28, 42), 2) if tiny else ((70, 350), 64)
+            yield from speaking(engine, *sizes, bandwidth)
     gc.collect()
-    yield {"transformers_step_ms_1": 1e3 * eager_step(device, tiny)}
+    yield {"transformers_step_ms_1": 1e3 * published_step(device, tiny)}
 
 
-def speaking(engine: Engine, lengths: tuple[int, int], streams: int) -> Iterator[dict]:
+def floors(seconds: float, read: float, bandwidth: float) -> dict[str, float]:
+    """How many times as long a step takes as reading its weights."""
+    return {"of_floor": seconds * bandwidth / read} if bandwidth else {}
+
+
+def speaking(
+    engine: Engine, lengths: tuple[int, int], streams: int, bandwidth: float
+) -> Iterator[dict]:
     network = engine.model.networks[0]
     make_speak(network)
     read = weight_bytes(network) - weight_bytes(network.model.embed_tokens)
@@ -105,9 +124,12 @@ def speaking(engine: Engine, lengths: tuple[int, int], streams: int) -> Iterator
     engine.generate(**ask(lengths[0]))
     firsts = [first_audio(engine, ask(42)) for _ in range(5)]
     yield {"first_audio_ms": 1e3 * statistics.median(firsts)}
-    yield {"step_ms_1": 1e3 * step(lambda n: engine.generate(**ask(n)), *lengths)}
+    one = step(lambda n: engine.generate(**ask(n)), *lengths)
+    yield {"step_ms_1": 1e3 * one, **floors(one, read, bandwidth)}
+    yield from idle_in(engine, lambda: engine.generate(**ask(lengths[0])))
     many = step(lambda n: together(engine, [ask(n)] * streams), *lengths)
-    yield {f"step_ms_{streams}": 1e3 * many}
+    yield {f"step_ms_{streams}": 1e3 * many, **floors(many, read, bandwidth)}
+    yield from idle_in(engine, lambda: together(engine, [ask(lengths[0])] * streams))
     yield {"real_time_streams": streams / many / SPOKEN_TOKENS_PER_S, "at_streams": streams}
 
 
@@ -119,8 +141,13 @@ def first_audio(engine: Engine, asked: dict[str, Any]) -> float:
     raise RuntimeError("no audio came")
 
 
-def eager_step(device: str, tiny: bool) -> float:
-    """A step of transformers' `generate`, at batch 1, with random weights."""
+def compiled(device: str, tiny: bool) -> Iterator[dict]:
+    yield {"transformers_compiled_step_ms_1": 1e3 * published_step(device, tiny, "static")}
+
+
+def published_step(device: str, tiny: bool, cache: str | None = None) -> float:
+    """A step of transformers' `generate`, at batch 1, with random weights. With a static cache it
+    compiles its network on a GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     card = registry.get("orpheus")
@@ -134,7 +161,12 @@ def eager_step(device: str, tiny: bool) -> float:
 
     def run(tokens: int) -> None:
         network.generate(
-            ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+            ids,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation=cache,
         )
         if ids.is_cuda:
             torch.cuda.synchronize()
@@ -165,6 +197,7 @@ def bagel(device: str, tiny: bool) -> Iterator[dict]:
         run = lambda n: engine.generate(**text, max_output_tokens=n)  # noqa: E731
         run(4)
         yield {"text_step_ms_1": 1e3 * step(run, *((16, 144) if not tiny else (2, 6)))}
+        yield from idle_in(engine, lambda: run(2 if tiny else 64))
         engine.generate(**drawing(0, 3))
         yield {"image_s": seconds(lambda: engine.generate(**drawing(1, steps))), "timesteps": steps}
         engine.generate(**editing(3))
@@ -177,12 +210,18 @@ def bagel(device: str, tiny: bool) -> Iterator[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=("orpheus", "bagel"))
+    parser.add_argument("model", choices=("orpheus", "compiled", "bagel"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--bandwidth", type=float, default=0.0, help="TB/s, for the floor of steps")
     args = parser.parse_args()
     torch.manual_seed(0)
-    for figures in {"orpheus": orpheus, "bagel": bagel}[args.model](args.device, args.tiny):
+    models = {
+        "orpheus": partial(orpheus, bandwidth=1e12 * args.bandwidth),
+        "compiled": compiled,
+        "bagel": bagel,
+    }
+    for figures in models[args.model](args.device, args.tiny):
         print(json.dumps(figures), flush=True)
 
 

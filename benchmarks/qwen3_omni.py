@@ -17,7 +17,8 @@ streams made per second.
 
 `--size full` needs a GPU with 80 GB. Beside its figures are the least times in which an H200 could
 read the weights (a step of the Thinker at batch 1: 1.29 ms; a frame of speech: 0.63 ms), and the
-share of them that was reached.
+share of them that was reached; and the shares of both loops in which the GPU had nothing to do
+(`gpu_measure.idle`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 TINY = Path(__file__).parents[1] / "mstar" / "models" / "qwen3_omni" / "tiny" / "qwen3_omni"
@@ -37,8 +40,8 @@ TOKENS, SPOKEN_TOKENS, FRAMES = 128, 24, 125  # 125 frames are ten seconds
 FLOORS = {"token": 1.29, "frame": 0.63}  # ms on an H200 in bf16, at batch 1
 
 
-def run_ours(streams: int, device: str, size: str) -> dict[str, float]:
-    """As many streaming requests at once, for text and then for speech."""
+def run_ours(numbers: Sequence[int], device: str, size: str) -> Iterator[dict[str, float]]:
+    """As many streaming requests at once, for text and then for speech; one engine for all."""
     from mstar import Engine
     from mstar.types import AudioChunk
 
@@ -62,7 +65,7 @@ def run_ours(streams: int, device: str, size: str) -> dict[str, float]:
                 first_text = first_text or now
         out.append((first_text, first_audio, event.usage))
 
-    def all_of(engine: Engine, asked: dict) -> tuple[list, float]:
+    def all_of(engine: Engine, asked: dict, streams: int) -> tuple[list, float]:
         out: list = []
         began = time.perf_counter()
         threads = [threading.Thread(target=one, args=(engine, asked, out)) for _ in range(streams)]
@@ -76,15 +79,22 @@ def run_ours(streams: int, device: str, size: str) -> dict[str, float]:
     if size == "full":
         options = {"load_format": "dummy"}
     with Engine(model, device=device, cpu_threads=1, **options) as engine:
-        for asked in (text, speech):
-            all_of(engine, asked)
-        written, text_wall = all_of(engine, text)
-        said, wall = all_of(engine, speech)
-    figures = figures_of(text_wall, wall, streams)
-    figures["first_token_s"] = statistics.median(first for first, _, _ in written)
-    figures["first_audio_s"] = statistics.median(first for _, first, _ in said)
-    assert all(abs(usage.audio_seconds - FRAMES * 0.08) < 0.1 for _, _, usage in said)
-    return figures
+        for streams in numbers:
+            for asked in (text, speech):
+                all_of(engine, asked, streams)
+            written, text_wall = all_of(engine, text, streams)
+            said, wall = all_of(engine, speech, streams)
+            figures = figures_of(text_wall, wall, streams)
+            figures["first_token_s"] = statistics.median(first for first, _, _ in written)
+            figures["first_audio_s"] = statistics.median(first for _, first, _ in said)
+            assert all(abs(usage.audio_seconds - FRAMES * 0.08) < 0.1 for _, _, usage in said)
+            if device == "cuda":
+                from gpu_measure import idle_during
+
+                for name, asked in (("text", text), ("speech", speech)):
+                    found = idle_during(partial(all_of, engine, asked, streams))
+                    figures |= {f"{name}_{key}": value for key, value in found.items()}
+            yield figures
 
 
 def run_baseline(streams: int, together: bool) -> dict[str, float]:
@@ -169,12 +179,14 @@ def main() -> None:
     if args.job:
         who, streams, device, size = json.loads(args.job)
         if who == "ours":
-            print(json.dumps(run_ours(streams, device, size)))
+            print(json.dumps(next(run_ours([streams], device, size))))
         else:
             print(json.dumps(run_baseline(streams, who == "batch")))
         return
-    compared = (args.device, args.size) == ("cpu", "tiny")
-    contestants = ["ours", "baseline", "batch"] if compared else ["ours"]
+    if (args.device, args.size) != ("cpu", "tiny"):
+        alone(args)
+        return
+    contestants = ["ours", "baseline", "batch"]
     rows = []
     for streams in args.streams:
         runs: dict[str, list[dict]] = {who: [] for who in contestants}
@@ -189,12 +201,23 @@ def main() -> None:
             for who, found in runs.items()
         }
         rows.append({"streams": streams, **best})
-        if args.size == "full":
-            rows[-1]["of_roofline"] = roofline(best["ours"], streams)
         if not args.json:
             show(rows[-1])
     if args.json:
         print(json.dumps(rows, indent=1))
+
+
+def alone(args: argparse.Namespace) -> None:
+    """Ours without the others: a row as soon as it is there, as a line of JSON."""
+    found = run_ours(args.streams, args.device, args.size)
+    for streams, ours in zip(args.streams, found, strict=True):
+        row = {"streams": streams, "ours": ours}
+        if args.size == "full":
+            row["of_roofline"] = roofline(ours, streams)
+        if args.json:
+            print(json.dumps(row), flush=True)
+        else:
+            show(row)
 
 
 def roofline(ours: dict[str, float], streams: int) -> dict[str, float]:

@@ -48,11 +48,13 @@ SIZES = {
 }
 
 
-def make(config: VJEPA2Config, folder: Path, dtype: torch.dtype) -> None:
+def make(config: VJEPA2Config, folder: Path, dtype: torch.dtype, device: str) -> None:
     """A checkpoint with random weights."""
     values = {name: value for name, value in vars(config).items() if name != "labels"}
     torch.manual_seed(0)
-    VJEPA2Model(HubConfig(**values)).to(dtype).save_pretrained(folder)
+    with torch.device(device):  # a large one takes its time on a CPU
+        network = VJEPA2Model(HubConfig(**values))
+    network.to(dtype).save_pretrained(folder)
 
 
 def cost(blocks: BlockSizes, depth: int, tokens: int, queries: int | None = None) -> float:
@@ -96,7 +98,7 @@ def best(calls: int, *functions: Callable[[], object]) -> list[float]:
 def run(args: argparse.Namespace, folder: Path) -> dict:
     config = SIZES[args.size]
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
-    make(config, folder, dtype)
+    make(config, folder, dtype, args.device)
     hub = VJEPA2Model.from_pretrained(folder, dtype=dtype).to(args.device).eval()
     side, grid = config.crop_size, config.grid
     frames = torch.randint(256, (args.frames, side, side, 3), dtype=torch.uint8)

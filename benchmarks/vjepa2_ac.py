@@ -32,9 +32,9 @@ from torch import Tensor
 
 from mstar import Engine
 from mstar.models.vjepa2.ac_config import AcConfig
-from mstar.models.vjepa2.ac_networks import AcNetworks
 from mstar.models.vjepa2.ac_predictor import Frames
 from mstar.models.vjepa2.cem import Cem
+from mstar.models.vjepa2.networks import AcNetworks
 from mstar.models.vjepa2.poses import trajectory
 from mstar.models.vjepa2.preprocess import pixels
 from mstar.models.vjepa2.rotary import rotate

@@ -10,7 +10,7 @@ from mstar.errors import RequestFailed
 from mstar.form import Form, make_form
 from mstar.transport import Deadline, Server, broken, refusal, unreachable
 from mstar.types import AudioBuffer, Event, GenerateResult
-from mstar.wire import Reply
+from mstar.wire import Reply, image_of, sound_of
 
 if TYPE_CHECKING:
     import httpx
@@ -21,13 +21,7 @@ __all__ = ["AsyncEventStream", "AsyncMStarClient"]
 class AsyncMStarClient:
     """A model behind HTTP, for event loops: await the methods, `async for` over streams.
 
-    Args:
-        base_url: where the server is.
-        timeout: longest silence of the server in seconds. A `timeout=` given to a generating method
-            limits that whole request instead.
-        api_key: sent as `Authorization: Bearer`.
-        connect_timeout: longest time to connect, in seconds.
-        session: an `httpx.AsyncClient` of your own (proxies, transports, ...); it is not closed.
+    Args: as of `MStarClient`; `session` is an `httpx.AsyncClient` of your own.
 
     Raises:
         ImportError: httpx is not installed.
@@ -111,17 +105,12 @@ class AsyncMStarClient:
 
     async def generate_image(self, prompt: str, **kwargs: Any) -> bytes:
         """Paint one image and return it as PNG; `generate` returns all where there are several."""
-        result = await self.generate(text=prompt, output_modalities=("image",), **kwargs)
-        if not result.images:
-            raise RequestFailed(f"the model made no image (finish_reason={result.finish_reason})")
-        return result.images[0]
+        return image_of(await self.generate(text=prompt, output_modalities=("image",), **kwargs))
 
     async def tts(self, text: str, *, voice: str | None = None, **kwargs: Any) -> AudioBuffer:
         """Speak `text`."""
-        result = await self.generate(text=text, output_modalities=("audio",), voice=voice, **kwargs)
-        if result.audio is None:
-            raise RequestFailed(f"the model made no sound (finish_reason={result.finish_reason})")
-        return result.audio
+        asked = {"output_modalities": ("audio",), "voice": voice, **kwargs}
+        return sound_of(await self.generate(text=text, **asked))
 
     def stream(self, **kwargs: Any) -> AsyncEventStream:
         """The events of a request as they come: `async for event in client.stream(text=...)`."""

@@ -6,84 +6,34 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mstar import errors, types
 from mstar.async_client import AsyncMStarClient
-from mstar.errors import (
-    ContextTooLong,
-    DeadlineExceeded,
-    EngineClosed,
-    EngineOverloaded,
-    InvalidRequest,
-    ModelNotFound,
-    MStarError,
-    OutOfMemory,
-    RequestCancelled,
-    RequestFailed,
-    RequestStopped,
-    RequestTimeout,
-    WeightsError,
-)
+from mstar.errors import *  # noqa: F403
+from mstar.errors import RequestFailed
 from mstar.form import Form, make_form
 from mstar.transport import Deadline, Server, broken, refusal, unreachable
-from mstar.types import (
-    ActionChunk,
-    AudioBuffer,
-    AudioChunk,
-    Event,
-    GenerateResult,
-    ImageChunk,
-    LatentChunk,
-    ProgressChunk,
-    TextChunk,
-    Usage,
-)
-from mstar.wire import RawChunk, Reply
+from mstar.types import *  # noqa: F403
+from mstar.types import AudioBuffer, Event, GenerateResult
+from mstar.wire import RawChunk, Reply, image_of, sound_of
 
 if TYPE_CHECKING:
     import requests
 
-__all__ = [
-    "ActionChunk",
-    "AsyncMStarClient",
-    "AudioBuffer",
-    "AudioChunk",
-    "ContextTooLong",
-    "DeadlineExceeded",
-    "EngineClosed",
-    "EngineOverloaded",
-    "Event",
-    "GenerateMethods",
-    "GenerateResult",
-    "ImageChunk",
-    "InvalidRequest",
-    "LatentChunk",
-    "MStarClient",
-    "MStarError",
-    "ModelNotFound",
-    "OutOfMemory",
-    "ProgressChunk",
-    "RawChunk",
-    "RequestCancelled",
-    "RequestFailed",
-    "RequestStopped",
-    "RequestTimeout",
-    "TextChunk",
-    "Usage",
-    "WeightsError",
-]
+__all__ = ["AsyncMStarClient", "GenerateMethods", "MStarClient", "RawChunk"]
+__all__ += errors.__all__
+__all__ += types.__all__
 
 
-class GenerateMethods(ABC):
+class GenerateMethods:
     """One vocabulary, whether the model runs in this process or behind HTTP.
 
-    Everything is said in terms of `generate`. Media is a path, raw bytes, `(filename, bytes)`, or a
-    list of those.
+    Everything is said in terms of `generate`, and that in terms of `_generate`. Media is a path,
+    raw bytes, `(filename, bytes)`, or a list of those.
     """
 
-    @abstractmethod
     def generate(
         self,
         *,
@@ -99,13 +49,32 @@ class GenerateMethods(ABC):
     ) -> GenerateResult | Iterator[Event]:
         """Run one request: its result, or with `stream=True` an iterator over its events.
 
-        Without `output_modalities` the model makes what it is for: text, if it can.
+        Without `output_modalities` the model makes what it is for: text, if it can. `None` values
+        are dropped. Closing or dropping the iterator early cancels the request.
 
         Raises:
             InvalidRequest: an input or a parameter is not accepted.
-            EngineOverloaded: too many requests are waiting.
-            RequestFailed: the model failed while it served this request.
+            EngineOverloaded: too many requests are waiting; a server may say for how many seconds,
+                as `retry_after`.
+            EngineClosed: no more requests are taken, or the server cannot be reached.
+            RequestTimeout: the deadline passed, or the server was silent for too long.
+            RequestFailed: the model failed while it served this request, or the connection was
+                lost.
         """
+        return self._generate(
+            text=text,
+            images=images,
+            audio=audio,
+            video=video,
+            output_modalities=output_modalities,
+            input_modalities=input_modalities,
+            stream=stream,
+            request_id=request_id,
+            **model_kwargs,
+        )
+
+    def _generate(self, *, stream: bool, **request: Any) -> GenerateResult | Iterator[Event]:
+        raise NotImplementedError
 
     def chat(
         self,
@@ -127,17 +96,11 @@ class GenerateMethods(ABC):
 
     def generate_image(self, prompt: str, **kwargs: Any) -> bytes:
         """Paint one image and return it as PNG; `generate` returns all where there are several."""
-        result = self._whole(prompt, "image", kwargs)
-        if not result.images:
-            raise RequestFailed(f"the model made no image (finish_reason={result.finish_reason})")
-        return result.images[0]
+        return image_of(self._whole(prompt, "image", kwargs))
 
     def tts(self, text: str, *, voice: str | None = None, **kwargs: Any) -> AudioBuffer:
         """Speak `text`."""
-        result = self._whole(text, "audio", {"voice": voice, **kwargs})
-        if result.audio is None:
-            raise RequestFailed(f"the model made no sound (finish_reason={result.finish_reason})")
-        return result.audio
+        return sound_of(self._whole(text, "audio", {"voice": voice, **kwargs}))
 
     def stream(self, **kwargs: Any) -> Iterator[Event]:
         """`generate(stream=True)`: the events of a request as they come.
@@ -184,43 +147,9 @@ class MStarClient(GenerateMethods):
         self._own_session = session is None
         self._session = _new_session() if session is None else session
 
-    def generate(
-        self,
-        *,
-        text: str | None = None,
-        images: Any = None,
-        audio: Any = None,
-        video: Any = None,
-        output_modalities: Sequence[str] | None = None,
-        input_modalities: Sequence[str] | None = None,
-        stream: bool = False,
-        request_id: str | None = None,
-        **model_kwargs: Any,
-    ) -> GenerateResult | Iterator[Event]:
-        """Run one request on the server. Arguments as for `Engine.generate`.
-
-        Media is a path, bytes, `(filename, bytes)`, or a list of those. `None` values are dropped.
-        Closing or dropping the iterator early closes the connection, which cancels the request.
-
-        Raises:
-            InvalidRequest: the request cannot be sent, or the server refused it.
-            EngineOverloaded: too many requests are waiting; `retry_after` has seconds or `None`.
-            EngineClosed: the server cannot be reached, or takes no more requests.
-            RequestTimeout: the deadline passed, or the server was silent for too long.
-            RequestFailed: the server failed, or the connection was lost.
-        """
-        form = make_form(
-            text=text,
-            images=images,
-            audio=audio,
-            video=video,
-            output_modalities=output_modalities,
-            input_modalities=input_modalities,
-            stream=stream,
-            request_id=request_id,
-            **model_kwargs,
-        )
-        reply = Reply(self._server.generate_url, form.stream, request_id)
+    def _generate(self, *, stream: bool, **request: Any) -> GenerateResult | Iterator[Event]:
+        form = make_form(stream=stream, **request)
+        reply = Reply(self._server.generate_url, stream, form.request_id)
         events = self._events(form, reply)
         next(events)  # up to the header of the reply: a refusal is raised here
         if stream:

@@ -10,20 +10,17 @@ import os
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from mstar.errors import InvalidRequest
+from mstar.io.sniff import EXTENSIONS
 
 __all__ = ["Form", "make_form", "seconds"]
 
 _MEDIA = ("image", "audio", "video")
 _FIELD_OF = {"image": "images", "audio": "audio", "video": "video"}
-_SUFFIXES = {
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
-    "audio": (".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac"),
-    "video": (".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm"),
-}
+_SUFFIXES = {kind: tuple(f".{name}" for name in EXTENSIONS[kind]) for kind in _MEDIA}
 _MAGIC = (
     (0, b"\xff\xd8\xff", "image", ".jpg"),
     (0, b"GIF8", "image", ".gif"),
@@ -42,6 +39,7 @@ _MAGIC = (
     (8, b"AVI ", "video", ".avi"),
     (0, b"\x1aE\xdf\xa3", "video", ".mkv"),
 )
+_BYTES = (bytes, bytearray, memoryview)
 _LONGEST_TIMEOUT = 10**8
 _MEDIA_FORMS = "must be a path, bytes, (filename, bytes), or a list of those"
 
@@ -142,23 +140,35 @@ def _ordered(files: list[tuple], order: list[str]) -> list[tuple]:
 
 def _file(kind: str, index: int, item: Any) -> tuple[str, bytes]:
     """Name and content of one piece of media. The name's suffix tells its kind."""
+    name, data = _content(_FIELD_OF[kind], item, f"{kind}{index}")
+    known = any(name.lower().endswith(suffixes) for suffixes in _SUFFIXES.values())
+    return name if known else name + _suffix(kind, data), data
+
+
+def _content(field: str, item: Any, name: str) -> tuple[str, bytes]:
+    """Name and bytes of a path, of bytes, or of `(filename, bytes)`."""
     if isinstance(item, (str, os.PathLike)):
         path = Path(item)
         try:
-            name, data = path.name, path.read_bytes()
+            return path.name, path.read_bytes()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
-            raise InvalidRequest(_FIELD_OF[kind], str(item), f"cannot be read: {why}") from None
-    elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (str, os.PathLike)):
-        name, data = os.fspath(item[0]), item[1]
-    else:
-        name, data = f"{kind}{index}", item
-    if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise InvalidRequest(field, str(item), f"cannot be read: {why}") from None
+    if _is_named(item):
+        name, item = os.fspath(item[0]), item[1]
+    if not isinstance(item, _BYTES):
         allowed = f"{_MEDIA_FORMS}; only an Engine in this process takes images and arrays"
-        raise InvalidRequest(_FIELD_OF[kind], item, allowed)
-    data = bytes(data)
-    known = any(name.lower().endswith(suffixes) for suffixes in _SUFFIXES.values())
-    return name if known else name + _suffix(kind, data), data
+        raise InvalidRequest(field, item, allowed)
+    return name, bytes(item)
+
+
+def _is_named(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], (str, os.PathLike))
+
+
+def _data_url(name: str, data: bytes) -> str:
+    content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    return f"data:{content_type};base64,{base64.b64encode(data).decode()}"
 
 
 def _suffix(kind: str, data: bytes) -> str:
@@ -194,7 +204,8 @@ def _as_json(model_kwargs: dict[str, Any]) -> str:
 
 
 def _plain(field: str, value: Any, *, media: bool = False) -> Any:
-    """`value` of types that JSON has: arrays become lists, numbers of numpy become numbers.
+    """`value` of types that JSON has: arrays become lists, numbers of numpy become numbers, and
+    files (`pathlib.Path`, bytes, `(filename, bytes)`) become data URLs of what they hold.
 
     Args:
         field: for messages of errors.
@@ -212,10 +223,10 @@ def _plain(field: str, value: Any, *, media: bool = False) -> Any:
         if media and value.get("type") in _MEDIA and value["type"] in value:
             return _url_part(value)
         return {str(key): _plain(field, item, media=media) for key, item in value.items()}
+    if isinstance(value, (*_BYTES, Path)) or (_is_named(value) and isinstance(value[1], _BYTES)):
+        return _data_url(*_content(field, value, field))
     if isinstance(value, (list, tuple, AbstractSet)):
         return [_plain(field, item, media=media) for item in value]
-    if isinstance(value, PurePath):
-        return str(value)
     raise InvalidRequest(field, value, f"JSON has no form for {type(value).__name__}")
 
 
@@ -226,9 +237,7 @@ def _url_part(part: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(item, str) and item.startswith(("data:", "http://", "https://")):
         url = item
     else:
-        name, data = _file(kind, 0, item)
-        content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        url = f"data:{content_type};base64,{base64.b64encode(data).decode()}"
+        url = _data_url(*_file(kind, 0, item))
     return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
 
 

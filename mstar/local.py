@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from mstar.client import GenerateMethods
-from mstar.engine.handle import Handle
+from mstar.engine.handle import Handle, log
+from mstar.engine.layers.quantized import warm_quantized
 from mstar.engine.listening import merged
 from mstar.engine.memory import memory_stats
 from mstar.engine.request import Request
@@ -24,11 +25,11 @@ from mstar.engine.service import Service
 from mstar.engine.stats import node_stats
 from mstar.engine.threads import threads_for
 from mstar.engine.weights import weight_bytes
-from mstar.errors import EngineOverloaded, InvalidRequest
+from mstar.errors import EngineOverloaded, InvalidRequest, MStarError
 from mstar.models import registry
 from mstar.models.base import Model, Run
 from mstar.models.inputs import gather_inputs, output_modalities_for
-from mstar.models.loading import device_for, load_model
+from mstar.models.loading import device_for, dtype_for, load_model
 from mstar.types import Event, GenerateResult
 
 __all__ = ["Engine", "Handle"]
@@ -46,6 +47,8 @@ class Engine(GenerateMethods):
         device: `"cpu"`, `"cuda"`, ...; the GPU if there is one.
         dtype: of the large networks: `"float32"`, `"bfloat16"` or `"float16"`; bfloat16 on a GPU,
             float32 on a CPU if left out.
+        quantization: `"int8"` keeps the matrices of the large networks in 8 bits; `"fp8"` also
+            rounds what they are multiplied with, and on a GPU needs compute capability 8.9.
         load_format: `"auto"`, or `"dummy"` for random weights of the real shapes.
         kv_tokens: size of the KV cache in tokens; fitted to the free memory if left out.
         memory_fraction: share of the free device memory that the KV cache may take.
@@ -78,6 +81,7 @@ class Engine(GenerateMethods):
         weights: str | PathLike | Mapping[str, str | PathLike] | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
         load_format: str = "auto",
         kv_tokens: int | None = None,
         memory_fraction: float = 0.9,
@@ -106,10 +110,12 @@ class Engine(GenerateMethods):
         target = registry.find(model, weights)
         self.card = target.card
         self.name = target.name
+        self._dtype = dtype_for(dtype, self.device)
         self.model: Model = load_model(
             target,
             device=self.device,
-            dtype=dtype,
+            dtype=self._dtype,
+            quantization=quantization,
             load_format=load_format,
             kv_tokens=kv_tokens,
             memory_fraction=memory_fraction,
@@ -313,8 +319,18 @@ class Engine(GenerateMethods):
         """
         self._service.check_open()
         began = time.perf_counter()
+        self._service.call(partial(warm_quantized, self.model.networks, self._dtype))
         self._service.call(self.model.warmup)
+        if self.device.type == "cuda":
+            self._run_examples()
         return {"seconds": time.perf_counter() - began}
+
+    def _run_examples(self) -> None:
+        for example in self.model.examples():
+            try:
+                self.submit(**example, stream=False).result()
+            except MStarError as error:  # options may leave no room for it
+                log.info("%s was not warmed up by an example: %s", self.card.name, error)
 
     def stats(self) -> dict[str, Any]:
         """Counts and timings since the start, and bytes: requests, nodes, KV caches, tokens,

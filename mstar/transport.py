@@ -10,15 +10,14 @@ from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
 
+from mstar import errors
 from mstar.errors import (
     ContextTooLong,
-    DeadlineExceeded,
     EngineClosed,
     EngineOverloaded,
     InvalidRequest,
     ModelNotFound,
     MStarError,
-    OutOfMemory,
     RequestCancelled,
     RequestFailed,
     RequestStopped,
@@ -54,18 +53,8 @@ class RefusedPrompt(Refused, ContextTooLong):
     """A prompt that is too long, in the server's words."""
 
 
-_KINDS = {
-    "InvalidRequest": Refused,
-    "ContextTooLong": RefusedPrompt,
-    "ModelNotFound": ModelNotFound,
-    "EngineOverloaded": EngineOverloaded,
-    "EngineClosed": EngineClosed,
-    "RequestFailed": RequestFailed,
-    "OutOfMemory": OutOfMemory,
-    "RequestCancelled": RequestCancelled,
-    "RequestTimeout": RequestTimeout,
-    "DeadlineExceeded": DeadlineExceeded,
-}
+_KINDS = {name: getattr(errors, name) for name in errors.__all__ if name[0].isupper()}
+_KINDS |= {"InvalidRequest": Refused, "ContextTooLong": RefusedPrompt}
 _BY_STATUS = {
     404: ModelNotFound,
     408: RequestTimeout,

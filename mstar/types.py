@@ -32,15 +32,17 @@ MODALITIES = ("text", "image", "audio", "video", "action", "latent")
 class Usage:
     """What one request consumed and how long it took.
 
-    Tokens count language-model tokens; `cached_tokens` and `image_tokens` are among those of the
-    prompt, and latent tokens of images among the generated ones. Times are seconds since the
-    request was submitted.
+    Tokens count language-model tokens; `cached_tokens`, `image_tokens` and `audio_tokens` are among
+    those of the prompt, `speech_tokens` and latent tokens of images among the generated ones. Times
+    are seconds since the request was submitted.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     image_tokens: int = 0
+    audio_tokens: int = 0
+    speech_tokens: int = 0
     audio_seconds: float = 0.0
     time_to_first_event: float | None = None
     total_time: float | None = None

@@ -18,6 +18,7 @@ from mstar.errors import EngineOverloaded, RequestFailed, RequestTimeout
 from mstar.transport import Deadline, error_of, shown
 from mstar.types import (
     ActionChunk,
+    AudioBuffer,
     AudioChunk,
     Event,
     GenerateResult,
@@ -29,7 +30,7 @@ from mstar.types import (
     fold,
 )
 
-__all__ = ["PROMISE", "RawChunk", "Reply"]
+__all__ = ["PROMISE", "RawChunk", "Reply", "image_of", "sound_of"]
 
 PROMISE = "x-mstar-version"
 """A reply with this header comes from a server whose streams always end with a line that carries
@@ -240,6 +241,20 @@ class Reply:
 
     def _strange(self, what: str) -> RequestFailed:
         return RequestFailed(f"{self.url} sent {what}")
+
+
+def image_of(result: GenerateResult) -> bytes:
+    """The first image of a result that should have one."""
+    if not result.images:
+        raise RequestFailed(f"the model made no image (finish_reason={result.finish_reason})")
+    return result.images[0]
+
+
+def sound_of(result: GenerateResult) -> AudioBuffer:
+    """The sound of a result that should have some."""
+    if result.audio is None:
+        raise RequestFailed(f"the model made no sound (finish_reason={result.finish_reason})")
+    return result.audio
 
 
 def _usage(given: Any) -> Usage | None:

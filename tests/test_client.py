@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -331,6 +332,15 @@ def test_media_in_chat_messages_travel_as_data_urls(ask, script):
     ]
 
 
+def test_files_among_the_parameters_travel_as_data_urls(ask, script, tmp_path):
+    (tmp_path / "goal.png").write_bytes(b"\x89PNG")
+    image = "data:image/png;base64,iVBORw=="
+    goals = {"a": tmp_path / "goal.png", "b": ("x.png", b"\x89PNG"), "c": [b"\x89PNG"]}
+    ask("generate", text="hi", **goals)
+    unnamed = image.replace("image/png", "application/octet-stream")
+    assert json.loads(script.form["model_kwargs"]) == {"a": image, "b": image, "c": [unnamed]}
+
+
 def test_the_key_and_the_deadline_travel_in_headers(ask, script):
     options = {"api_key": "secret", "base_url": script.url + "/under/"}
     ask("generate", text="hi", timeout=12.5, options=options)
@@ -358,7 +368,8 @@ def test_the_key_and_the_deadline_travel_in_headers(ask, script):
         ({"text": "x", "input_modalities": 5}, "input_modalities"),
         ({"text": "x", "temperature": float("inf")}, "temperature"),
         ({"text": "x", "noise": np.array([1, np.nan])}, "noise"),
-        ({"text": "x", "data": b"bytes"}, "data"),
+        ({"text": "x", "data": object()}, "data"),
+        ({"text": "x", "goal": Path("no/such.png")}, "goal"),
     ],
 )
 def test_what_cannot_be_sent_is_refused_here(ask, script, given, field):

@@ -12,7 +12,7 @@ import typer
 
 from mstar.commands import terminal
 from mstar.commands.errors import errors
-from mstar.commands.options import unique
+from mstar.commands.options import Count, File, Files, Number, Text, Texts, option, unique
 from mstar.errors import InvalidRequest, MStarError
 
 if TYPE_CHECKING:
@@ -22,78 +22,61 @@ _ROUTES = ("auto", "generate", "chat", "speech", "images")
 _SLO = ("ttft", "itl", "tpot", "e2e", "first_audio", "first_image", "rtf", "underruns")
 
 
+_KEYS = ["MSTAR_API_KEY", "OPENAI_API_KEY"]
+
+
 def bench(
     url: Annotated[str, typer.Argument(help="Where the server is: http://localhost:8000")],
-    route: Annotated[
-        str, typer.Option(help=f"{', '.join(_ROUTES)}; auto asks the server.")
-    ] = "auto",
+    route: Annotated[str, option(f"{', '.join(_ROUTES)}; auto asks the server.")] = "auto",
     concurrency: Annotated[
-        int | None, typer.Option("-c", "--concurrency", help="Requests at a time: 1.", min=1)
+        Count, option("Requests at a time: 1.", "-c", "--concurrency", min=1)
     ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Instead: requests per second, at random (Poisson).")
-    ] = None,
+    rate: Annotated[Number, option("Instead: requests per second, at random (Poisson).")] = None,
     requests: Annotated[
-        int | None,
-        typer.Option("-n", "--requests", help="How many; 5 per slot, at least 20.", min=1),
+        Count, option("How many; 5 per slot, at least 20.", "-n", "--requests", min=1)
     ] = None,
-    duration: Annotated[
-        float | None, typer.Option(help="Start requests for so many seconds.")
-    ] = None,
-    warmup: Annotated[
-        int | None, typer.Option(help="Requests before, not measured; one per slot.", min=0)
-    ] = None,
+    duration: Annotated[Number, option("Start requests for so many seconds.")] = None,
+    warmup: Annotated[Count, option("Requests before, not measured; one per slot.", min=0)] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("-p", "--prompt", help="What to send (repeatable, in turn).")
+        Texts, option("What to send (repeatable, in turn).", "-p", "--prompt")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file of prompts, one a line, or .jsonl with `prompt`.")
+        File, option("A file of prompts, one a line, or .jsonl with `prompt`.")
     ] = None,
     attach: Annotated[
-        list[Path] | None,
-        typer.Option("-a", "--attach", help="An image, sound or video to send along."),
+        Files, option("An image, sound or video to send along.", "-a", "--attach")
     ] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option("-s", "--set", help="A parameter as key=value (JSON or text)."),
+        Texts, option("A parameter as key=value (JSON or text).", "-s", "--set")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Its name; the first that is served.")] = None,
-    voice: Annotated[str | None, typer.Option(help="Of speech.")] = None,
+    model: Annotated[Text, option("Its name; the first that is served.")] = None,
+    voice: Annotated[Text, option("Of speech.")] = None,
     modality: Annotated[
-        str | None, typer.Option("-m", "--modality", help="What to make: text, audio, image ...")
+        Text, option("What to make: text, audio, image ...", "-m", "--modality")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.", min=1)] = None,
+    max_tokens: Annotated[Count, option("Longest answer.", min=1)] = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on until --max-tokens: equal lengths.")
+        bool, option("Go on until --max-tokens: equal lengths.", "--ignore-eos")
     ] = False,
     seed: Annotated[
-        int | None,
-        typer.Option(help="Repeat arrivals and leavers; request i sends SEED + i as its seed."),
+        Count, option("Repeat arrivals and leavers; request i sends SEED + i as its seed.")
     ] = None,
-    sse: Annotated[
-        bool, typer.Option("--sse", help="Speech or images as server-sent events.")
-    ] = False,
-    slo: Annotated[
-        str | None, typer.Option(help="Limits of goodput, as ttft=0.5,itl=0.05,rtf=1")
-    ] = None,
+    sse: Annotated[bool, option("Speech or images as server-sent events.", "--sse")] = False,
+    slo: Annotated[Text, option("Limits of goodput, as ttft=0.5,itl=0.05,rtf=1")] = None,
     disconnect: Annotated[
-        float, typer.Option(help="Share of clients that leave at random.", min=0, max=1)
+        float, option("Share of clients that leave at random.", min=0, max=1)
     ] = 0.0,
-    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 600.0,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar=["MSTAR_API_KEY", "OPENAI_API_KEY"], help="Sent as Bearer."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    raw: Annotated[
-        Path | None, typer.Option(help="Write every request to this JSONL file.")
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    timeout: Annotated[float, option("Seconds for one request.")] = 600.0,
+    api_key: Annotated[Text, option("Sent as Bearer.", envvar=_KEYS)] = None,
+    as_json: Annotated[bool, option("Print one JSON object.", "--json")] = False,
+    raw: Annotated[File, option("Write every request to this JSONL file.")] = None,
+    debug: Annotated[bool, option("Show tracebacks of errors.", "--debug")] = False,
 ) -> None:
     """Measure a server: mstar bench http://localhost:8000 -c 8 -n 100. Needs the extra `async`.
 
     Exit code 1: more than half of the requests failed; what was measured is printed even so.
     """
+    given = dict(locals())
     with errors(debug):
         limits = _slo(slo)
         _one_of("--route", route, _ROUTES)
@@ -103,40 +86,43 @@ def bench(
             need_httpcore()
         except ImportError as error:
             raise MStarError(str(error)) from None
-        from mstar.bench import prompts as texts
-        from mstar.bench.load import Load
-        from mstar.bench.routes import Ask
-        from mstar.bench.run import Plan
-
-        load = Load(**_load(concurrency, rate, requests, duration), seed=seed or 0)
-        ask = Ask(
-            model=model,
-            voice=voice,
-            modalities=tuple(kind.strip() for kind in (modality or "").split(",") if kind.strip()),
-            max_tokens=max_tokens,
-            ignore_eos=ignore_eos,
-            sse=sse,
-            extra=_extra(settings or []),
-            attached=tuple(texts.attachments(attach or [])),
-        )
-        given = [texts.Prompt(text) for text in prompt or []]
-        plan = Plan(
-            url=url,
-            load=load,
-            route=route,
-            ask=ask,
-            prompts=[*given, *(texts.from_file(prompts) if prompts else [])],
-            warmup=(load.concurrency or 1) if warmup is None else warmup,
-            timeout=_positive("--timeout", timeout),
-            seed=seed,
-            disconnect=disconnect,
-            api_key=api_key,
-        )
+        plan = _plan(**given)
         with _raw_file(raw) as write_raw:
             done = _run(plan)
             for trace in done.traces:
                 write_raw(trace)
         _report(done, limits, as_json)
+
+
+def _plan(
+    *, attach: list[Path] | None, prompt: list[str] | None, prompts: Path | None, **given: Any
+) -> Plan:
+    """What the options ask for."""
+    from mstar.bench import prompts as texts
+    from mstar.bench.load import Load
+    from mstar.bench.routes import Ask
+    from mstar.bench.run import Plan
+
+    amounts = (given[name] for name in ("concurrency", "rate", "requests", "duration"))
+    load = Load(**_load(*amounts), seed=given["seed"] or 0)
+    kinds = (given["modality"] or "").split(",")
+    asked = {name: given[name] for name in ("model", "voice", "max_tokens", "ignore_eos", "sse")}
+    ask = Ask(
+        **asked,
+        modalities=tuple(kind.strip() for kind in kinds if kind.strip()),
+        extra=_extra(given["settings"] or []),
+        attached=tuple(texts.attachments(attach or [])),
+    )
+    said = [texts.Prompt(text) for text in prompt or []]
+    same = {name: given[name] for name in ("url", "route", "seed", "disconnect", "api_key")}
+    return Plan(
+        **same,
+        load=load,
+        ask=ask,
+        prompts=[*said, *(texts.from_file(prompts) if prompts else [])],
+        warmup=(load.concurrency or 1) if given["warmup"] is None else given["warmup"],
+        timeout=_positive("--timeout", given["timeout"]),
+    )
 
 
 def _report(done: Run, limits: dict[str, float], as_json: bool) -> None:

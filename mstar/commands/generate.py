@@ -13,7 +13,16 @@ import typer
 
 from mstar.commands import terminal
 from mstar.commands.errors import errors
-from mstar.commands.options import model_options, unique, weight_places
+from mstar.commands.options import (
+    File,
+    Files,
+    Text,
+    Texts,
+    model_options,
+    option,
+    unique,
+    weight_places,
+)
 from mstar.commands.outputs import PIPED, STDOUT, as_out, check_outs, modalities
 from mstar.errors import InvalidRequest, RequestFailed
 from mstar.io.audio import open_wav_header
@@ -28,52 +37,43 @@ from mstar.types import AudioChunk, Event, GenerateResult, LatentChunk, TextChun
 _MAP_POINTS = 25  # along each axis
 
 
+_LIVE = "Print text as it comes, or at the end. With -o -, --stream pipes audio live."
+
+
 def generate(
     model: Annotated[str, typer.Argument(help="A name from `mstar models`, a folder or a repo.")],
-    prompt: Annotated[str | None, typer.Argument(help="Text; from stdin if left out or -.")] = None,
+    prompt: Annotated[Text, typer.Argument(help="Text; from stdin if left out or -.")] = None,
     attach: Annotated[
-        list[Path] | None,
-        typer.Option("-a", "--attach", help="A file to send along; its kind is told by content."),
+        Files, option("A file to send along; its kind is told by content.", "-a", "--attach")
     ] = None,
     modality: Annotated[
-        str | None,
-        typer.Option("-m", "--modality", help="What to make: text, image, audio, action, latent."),
+        Text, option("What to make: text, image, audio, action, latent.", "-m", "--modality")
     ] = None,
     out: Annotated[
-        list[Path] | None,
-        typer.Option("-o", "--out", help=f"Where to write it: {' '.join(HOLDS)}, or - to pipe."),
+        Files, option(f"Where to write it: {' '.join(HOLDS)}, or - to pipe.", "-o", "--out")
     ] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(help="A .png that draws the actions, or of world models their costs."),
+        File, option("A .png that draws the actions, or of world models their costs.")
     ] = None,
-    force: Annotated[bool, typer.Option("-f", "--force", help="Overwrite output files.")] = False,
+    force: Annotated[bool, option("Overwrite output files.", "-f", "--force")] = False,
     settings: Annotated[
-        list[str] | None,
-        typer.Option("-s", "--set", help="A parameter as key=value; see `mstar models NAME`."),
+        Texts, option("A parameter as key=value; see `mstar models NAME`.", "-s", "--set")
     ] = None,
     weights: Annotated[
-        list[str] | None,
-        typer.Option(help="A folder or repo with the weights, or part=folder (repeatable)."),
+        Texts, option("A folder or repo with the weights, or part=folder (repeatable).")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 ...")] = None,
+    device: Annotated[Text, option("cpu, cuda, cuda:1 ...")] = None,
+    dtype: Annotated[Text, option("float32, bfloat16 ...")] = None,
+    quantization: Annotated[Text, option("int8 or fp8: weights of 8 bits.")] = None,
     load_format: Annotated[
-        str, typer.Option(help="auto, or dummy for random weights without files.")
+        str, option("auto, or dummy for random weights without files.")
     ] = "auto",
     model_option: Annotated[
-        list[str] | None,
-        typer.Option("--option", help="How to load the model, as key=value (repeatable)."),
+        Texts, option("How to load the model, as key=value (repeatable).", "--option")
     ] = None,
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="Print text as it comes, or at the end. With -o -, --stream pipes audio live.",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    stream: Annotated[bool | None, option(_LIVE, "--stream/--no-stream")] = None,
+    as_json: Annotated[bool, option("Print one JSON object.", "--json")] = False,
+    debug: Annotated[bool, option("Show tracebacks of errors.", "--debug")] = False,
 ) -> None:
     """Run one request: mstar generate orpheus-tiny "Hello there" -o hello.wav"""
     with errors(debug):
@@ -95,6 +95,8 @@ def generate(
         text_out = piped == "text" or ("text" in kinds and shown)
         live = request["stream"] = text_out if stream is None else stream
         options: dict[str, Any] = {"device": device, "dtype": dtype, "load_format": load_format}
+        if quantization is not None:
+            options["quantization"] = quantization
         if model_option:
             options["options"] = model_options(model_option)
         with _engine(model, weights=places, **options) as engine:

@@ -5,8 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import typer
 
 from mstar.errors import InvalidRequest
+
+# What options hold, or may hold.
+Text, Texts = str | None, list[str] | None
+Count, Number = int | None, float | None
+File, Files = Path | None, list[Path] | None
+
+
+def option(help: str, *names: str, **more: Any) -> Any:
+    """`typer.Option`, its help first."""
+    return typer.Option(*names, help=help, **more)
 
 
 def weight_places(items: list[str]) -> dict[str, str] | str | None:

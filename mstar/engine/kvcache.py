@@ -68,6 +68,7 @@ class KVPool:
         # Pages are read whole by some kernels and masked afterwards; garbage could be NaN.
         if self.tensor.is_cuda:
             self.tensor.zero_()
+        self._layers = [tuple(both.unbind()) for both in self.tensor]
         self.groups: dict[KVGroup, None] = {}
         self.preemptions = 0
         self.on_release: list[Any] = []
@@ -80,7 +81,7 @@ class KVPool:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Key and value pages of one layer, each `[pages, page_size, kv_heads, head_dim]`."""
-        return self.tensor[index, 0], self.tensor[index, 1]
+        return self._layers[index]
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold so many tokens."""

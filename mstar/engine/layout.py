@@ -59,11 +59,9 @@ class Layout:
             if span.lead < span.count
         ]
         self.counts = [piece.count for piece in self.pieces]
-        self._rows: dict[Span, tuple[int, int]] = {}
         self._last: dict[Span, int] = {}
         start = 0
         for span, _, count in self.pieces:
-            self._rows.setdefault(span, (start, start + count))
             start += count
             self._last[span] = start - 1
 
@@ -87,10 +85,6 @@ class Layout:
         if not self.lead:
             return None
         return [piece.span.kv.length + piece.first + piece.count for piece in self.pieces]
-
-    def rows(self, span: Span) -> tuple[int, int]:
-        """The first row of a span and the row after its last; of its lead, if it has one."""
-        return self._rows[span]
 
     def last(self, span: Span) -> int:
         """The row of a span's last token."""

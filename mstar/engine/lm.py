@@ -282,9 +282,9 @@ class LanguageModel(Node):
         place = {row: index for index, row in enumerate(rows)}
         steps = []
         for index, span in enumerate(spans):
-            states = hidden[slice(*layout.rows(span))] if span.hidden else None
-            if span.keep:
-                span.kv.wrote(span.count, span.content)
+            last = layout.last(span) + 1
+            states = hidden[last - span.count : last] if span.hidden else None
+            span.kv.wrote(span.count, span.content)
             row = place.get(index)
             chosen = None if row is None else tokens
             steps.append(Step(chosen, row or 0, states, scores.get(row)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mstar.engine.kernels.paged_attention import paged_attention
 from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
-from mstar.engine.kernels.rotary_store import rotary_store
+from mstar.engine.kernels.rotary_store import paired_angles, rotary_store
 from mstar.engine.kvcache import KVPool
 from mstar.engine.layers.attention import Projected
 
@@ -27,6 +27,7 @@ class PagedContext:
         self.pool = pool
         self.batch = batch
         self.slots = slots
+        self._angles: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
 
     def attend(
         self,
@@ -37,6 +38,9 @@ class PagedContext:
         kv_heads: int,
     ) -> Tensor:
         """See `layers.attention.AttentionContext.attend`."""
+        if self._angles is None or self._angles[0] is not angles:
+            self._angles = angles, paired_angles(*angles)
+        angles = self._angles[1]
         keys, values = self.pool.layer(layer)
         if len(parts) == 1:
             qkv, norms = parts[0]

@@ -29,11 +29,10 @@ class Span:
         positions: rotary positions, or a float32 tensor `[3, count]` of three axes; those after the
             cached tokens, shifted by `kv.offset`, if left out.
         causal: whether tokens of the span see only those before them.
-        keep: whether the span's keys and values stay in the cache.
         sampler: choose a token after the span's last one.
         lead: how many of the first tokens belong to the network's second expert (a Mixture of
             Transformers, Liang et al. 2024, section 2); such a span is not causal.
-        hidden: return the hidden states of the span; only those of its lead, if it has one.
+        hidden: return the hidden states of the span, which has no lead.
         content: what the tokens are, for the prefix cache (see `KVCache.reuse`).
     """
 
@@ -42,7 +41,6 @@ class Span:
     count: int
     positions: Sequence[int] | Tensor | None = None
     causal: bool = True
-    keep: bool = True
     sampler: SamplerState | None = None
     lead: int = 0
     hidden: bool = False
@@ -65,8 +63,11 @@ class Span:
             count = len(self.inputs)
         if not 0 < count == self.count:
             raise ValueError(f"a span of {self.count} tokens needs as many inputs and got {count}")
-        if self.lead and (self.causal or not 0 < self.lead <= count):
-            raise ValueError(f"lead={self.lead}: the span has {count} tokens, causal={self.causal}")
+        if self.lead and (self.causal or self.hidden or not 0 < self.lead <= count):
+            raise ValueError(
+                f"lead={self.lead}: the span has {count} tokens, causal={self.causal}, "
+                f"hidden={self.hidden}"
+            )
         if self.positions is not None and _length(self.positions) != count:
             raise ValueError(f"{_length(self.positions)} positions for a span of {count} tokens")
         if self.content is not None and len(array("q", self.content)) != count:

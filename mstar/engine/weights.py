@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mstar.engine.checkpoint import Checkpoint
+from mstar.engine.layers.quantized import Quantization, Quantized
 from mstar.errors import WeightsError
 
 __all__ = ["Checkpoint", "Source", "load", "randomize", "weight_bytes"]
@@ -50,13 +51,20 @@ class _Slot:
     tensor: Tensor
     optional: bool = False  # a buffer that already has its value
     names: list[str] = field(default_factory=list)
-    places: list[tuple[dict, str]] = field(default_factory=list)
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
 
-    def assign(self, value: Tensor) -> None:
-        if isinstance(self.tensor, nn.Parameter):
+    def assign(self, value: Tensor | Quantized) -> None:
+        if isinstance(self.tensor, nn.Parameter) and isinstance(value, Tensor):
             value = nn.Parameter(value, requires_grad=False)
         for holder, key in self.places:
-            holder[key] = value
+            if isinstance(value, Quantized):
+                delattr(holder, key)  # a module under the name of the parameter
+            setattr(holder, key, value)
+
+    def kind(self, quantization: Quantization | None) -> str | None:
+        """How the tensor is quantised, if it is."""
+        taken = quantization is not None and quantization.takes(self.names, self.tensor)
+        return quantization.kind if taken else None
 
 
 def load(
@@ -65,6 +73,7 @@ def load(
     *,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> nn.Module:
     """Read every parameter and persistent buffer of `module` onto `device`; returns `module`.
@@ -77,6 +86,8 @@ def load(
         module: usually built under `torch.device("meta")`. Non-persistent buffers (rotary tables)
             must hold their values: build them with an explicit `device="cpu"`.
         dtype: the run dtype of floating-point tensors; None keeps what is stored.
+        quantization: the matrices that it names become `Quantized` piece by piece, from the
+            numbers that are stored.
         progress: called after each tensor with (done, total, name).
 
     Raises:
@@ -98,7 +109,8 @@ def load(
     _raise(faults, module, checkpoint)
 
     for done, (slot, source) in enumerate(chosen, start=1):
-        value = _read(slot, source, checkpoint, torch.device(device), dtype)
+        kind = slot.kind(quantization)
+        value = _read(slot, source, checkpoint, torch.device(device), dtype, kind)
         if value.shape != slot.tensor.shape:
             faults.append(_wrong_shape(slot.names[0], list(value.shape), slot))
         slot.assign(value)
@@ -114,7 +126,12 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def randomize(
-    module: nn.Module, *, device: torch.device | str, dtype: torch.dtype | None, seed: int = 0
+    module: nn.Module,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    quantization: Quantization | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Give `module` random weights, the same for the same seed and device; returns `module`.
 
@@ -123,6 +140,7 @@ def randomize(
 
     Args:
         dtype: of floating-point tensors; None keeps what the module declares.
+        quantization: see `load`.
     """
     generator = torch.Generator(device).manual_seed(seed)
     for slot in _slots(module):
@@ -137,6 +155,10 @@ def randomize(
             value.fill_(1.0)
         else:
             value.normal_(0.0, 0.02, generator=generator)
+        if kind := slot.kind(quantization):
+            plain, value = value, Quantized.empty(value.shape, kind, device)
+            value.fill(0, plain)
+            del plain  # before the next one is made
         slot.assign(value)
     return _finish(module, device)
 
@@ -145,7 +167,7 @@ def _slots(module: nn.Module) -> list[_Slot]:
     """The distinct parameters and persistent buffers of a module, in order of definition."""
     slots: dict[int, _Slot] = {}
 
-    def add(tensor: Tensor, name: str, holder: dict, key: str, optional: bool) -> None:
+    def add(tensor: Tensor, name: str, holder: nn.Module, key: str, optional: bool) -> None:
         slot = slots.setdefault(id(tensor), _Slot(tensor, optional))
         slot.names.append(name)
         slot.places.append((holder, key))
@@ -154,10 +176,10 @@ def _slots(module: nn.Module) -> list[_Slot]:
         path = f"{prefix}." if prefix else ""
         for key, tensor in part._parameters.items():
             if tensor is not None:
-                add(tensor, path + key, part._parameters, key, False)
+                add(tensor, path + key, part, key, False)
         for key, tensor in part._buffers.items():
             if tensor is not None and key not in part._non_persistent_buffers_set:
-                add(tensor, path + key, part._buffers, key, not tensor.is_meta)
+                add(tensor, path + key, part, key, not tensor.is_meta)
     return list(slots.values())
 
 
@@ -172,19 +194,27 @@ def _read(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype | None,
-) -> Tensor:
+    kind: str | None,
+) -> Tensor | Quantized:
     """The value of a slot on `device`; plain pieces go straight to their rows of it."""
     value, row = None, 0
     for piece in _pieces(source, checkpoint):
         if value is None:
             shape = slot.tensor.shape if source.combine is None else piece.shape
             keep = dtype is None or not piece.is_floating_point()
-            if piece.shape == shape:
+            if kind is not None:
+                value = Quantized.empty(shape, kind, device)
+            elif piece.shape == shape:
                 return piece.to(device=device, dtype=piece.dtype if keep else dtype)
-            value = torch.empty(shape, dtype=piece.dtype if keep else dtype, device=device)
-            rows = value.view(-1, *piece.shape[1:])
-        rows[row : row + len(piece)].copy_(piece)
-        row += len(piece)
+            else:
+                value = torch.empty(shape, dtype=piece.dtype if keep else dtype, device=device)
+                rows = value.view(-1, *piece.shape[1:])
+        if kind is not None:
+            value.fill(row, piece)
+            row += piece.shape[:-1].numel()
+        else:
+            rows[row : row + len(piece)].copy_(piece)
+            row += len(piece)
         del piece  # before the next one is read
     return value
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
@@ -19,8 +20,13 @@ from mstar.http.errors import Refused
 from mstar.http.front import Front, off_loop
 from mstar.http.record import record_of
 
-__all__ = ["Part", "check_marks", "read_form", "read_json", "whole_json"]
+__all__ = [
+    *("JSON", "MULTIPART", "URLENCODED", "Part", "check_marks", "content_type", "read_form"),
+    *("read_json", "whole_json"),
+]
 
+JSON, MULTIPART = b"application/json", b"multipart/form-data"
+URLENCODED = b"application/x-www-form-urlencoded"
 _MOST_PARTS = 256
 _MOST_MARKS = 400_000  # of JSON: the objects, lists and keys take many times the bytes of the text
 _MARKS = (b",", b":", b"[", b"{")
@@ -54,7 +60,6 @@ async def read_body(front: Front, request: Request, most: int | None = None) -> 
     """The whole body, which counts as held until the request has ended.
 
     Args:
-        front, request: see there.
         most: bytes, where that is less than any body may have.
 
     Raises:
@@ -89,18 +94,26 @@ async def read_body(front: Front, request: Request, most: int | None = None) -> 
         raise Refused(408, "the body did not come in time", headers=headers) from None
 
 
+def content_type(
+    request: Request, kinds: Sequence[bytes], allowed: str, *, status: int = 400
+) -> tuple[bytes, dict[bytes, bytes]]:
+    """What the body is said to be, and the options of that; `Refused` if it is none of `kinds`."""
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind not in kinds:
+        given = kind.decode("latin-1") or "none"
+        raise Refused(status, f"content-type: must be {allowed}, not {given}")
+    return kind, options
+
+
 async def read_form(front: Front, request: Request) -> list[Part]:
     """The fields of a form in their order, multipart or urlencoded.
 
     Raises:
         Refused: it is no form, or a broken one.
     """
-    kind, options = parse_options_header(request.headers.get("content-type", ""))
-    if kind not in (b"multipart/form-data", b"application/x-www-form-urlencoded"):
-        given = kind.decode("latin-1") or "none"
-        message = f"content-type: must be multipart/form-data or urlencoded, not {given}"
-        raise Refused(415, message)
-    if kind == b"multipart/form-data":
+    allowed = "multipart/form-data or urlencoded"
+    kind, options = content_type(request, (MULTIPART, URLENCODED), allowed, status=415)
+    if kind == MULTIPART:
         body = await read_body(front, request)
         boundary = options.get(b"boundary", b"")
         if not 0 < len(boundary) <= 256:
@@ -116,10 +129,7 @@ async def read_json(front: Front, request: Request) -> dict[str, Any]:
     Raises:
         Refused: it is not one.
     """
-    kind, _ = parse_options_header(request.headers.get("content-type", ""))
-    if kind != b"application/json":
-        given = kind.decode("latin-1") or "none"
-        raise Refused(400, f"content-type: must be application/json, not {given}")
+    content_type(request, (JSON,), "application/json")
     body = await read_body(front, request)
     return await off_loop(whole_json, body, "the body", size=len(body))
 

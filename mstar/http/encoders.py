@@ -29,6 +29,7 @@ _CODED: dict[str, tuple[str, str, str, dict[str, str]]] = {
     "opus": ("ogg", "libopus", "s16", {"page_duration": "60000"}),
     "aac": ("adts", "aac", "fltp", {}),
     "flac": ("flac", "flac", "s16", {}),
+    "pcm": ("s16le", "pcm_s16le", "s16", {}),  # where the rate has to be changed
 }
 _BIT_RATE = {"mp3": 128_000, "opus": 64_000, "aac": 128_000}
 
@@ -58,16 +59,14 @@ def check_encoder(
     Raises:
         InvalidRequest: it cannot; another format is never sent instead.
     """
-    resampled = format == "pcm" and sample_rate not in (None, PCM_RATE)
-    if format not in _CODED and not resampled:
+    if _is_plain(format, sample_rate or PCM_RATE):
         return
     try:
         import av
 
-        if not resampled:
-            av.codec.Codec(_CODED[format][1], "w")
+        av.codec.Codec(_CODED[format][1], "w")
     except ImportError:
-        others = "wav does not" if resampled else "wav and pcm do not"
+        others = "wav does not" if format == "pcm" else "wav and pcm do not"
         allowed = f"needs PyAV on the server (pip install 'mstar[server]'); {others}"
         raise InvalidRequest(field, format, allowed) from None
     except ValueError:  # av.codec.codec.UnknownCodecError
@@ -77,11 +76,13 @@ def check_encoder(
 
 def open_encoder(format: str, sample_rate: int) -> Encoder:
     """An encoder of mono int16 samples at `sample_rate` Hz."""
-    if format in _CODED:
-        return Coded(format, sample_rate)
-    if format == "wav":
-        return Plain(open_wav_header(sample_rate))
-    return Plain() if sample_rate == PCM_RATE else Resampled(sample_rate)
+    if _is_plain(format, sample_rate):
+        return Plain(open_wav_header(sample_rate) if format == "wav" else b"")
+    return Coded(format, sample_rate)
+
+
+def _is_plain(format: str, sample_rate: int) -> bool:
+    return format == "wav" or (format == "pcm" and sample_rate == PCM_RATE)
 
 
 def encode_whole(format: str, pcm: np.ndarray, sample_rate: int) -> bytes:
@@ -110,34 +111,8 @@ class Plain:
         return b""
 
 
-class Resampled:
-    """Samples at `PCM_RATE`, of samples at another rate. The filter looks a little ahead, so what
-    comes out lags behind what went in until `finish`."""
-
-    weight = 16
-
-    def __init__(self, sample_rate: int) -> None:
-        import av
-
-        self._av: Any = av
-        self._rate, self._samples = sample_rate, 0
-        self._filter = av.AudioResampler(format="s16", layout="mono", rate=PCM_RATE)
-
-    def push(self, pcm: np.ndarray) -> bytes:
-        """See `Encoder.push`."""
-        if not len(pcm):
-            return b""
-        frame = _frame(self._av, pcm, self._rate, self._samples)
-        self._samples += frame.samples
-        return _bytes_of(self._filter.resample(frame))
-
-    def finish(self) -> bytes:
-        """See `Encoder.finish`."""
-        return _bytes_of(self._filter.resample(None)) if self._samples else b""
-
-
 class Coded:
-    """FFmpeg through PyAV, into memory."""
+    """FFmpeg through PyAV, into memory. What comes out lags behind what went in until `finish`."""
 
     weight = 128
 
@@ -148,7 +123,8 @@ class Coded:
         self._av: Any = av
         self._out = _Out()
         self._file = av.open(self._out, "w", format=container, container_options=options)
-        self._stream = self._file.add_stream(codec, rate=sample_rate, layout="mono")
+        rate = PCM_RATE if format == "pcm" else sample_rate
+        self._stream = self._file.add_stream(codec, rate=rate, layout="mono")
         self._stream.codec_context.format = layout
         if format in _BIT_RATE:
             self._stream.bit_rate = _BIT_RATE[format]
@@ -156,7 +132,11 @@ class Coded:
 
     def push(self, pcm: np.ndarray) -> bytes:
         """The bytes that are certain once samples `[n]` are added; maybe none."""
-        frame = _frame(self._av, pcm, self._rate, self._samples)
+        if not len(pcm):
+            return b""
+        samples = np.ascontiguousarray(pcm, dtype=np.int16).reshape(1, -1)
+        frame = self._av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
+        frame.sample_rate, frame.pts = self._rate, self._samples
         self._samples += frame.samples
         self._file.mux(self._stream.encode(frame))
         return self._out.take()
@@ -171,19 +151,6 @@ class Coded:
         """Of a file that nobody finished: closed, it gives back its threads at once."""
         if (file := getattr(self, "_file", None)) is not None:
             file.close()
-
-
-def _frame(av: Any, pcm: np.ndarray, rate: int, start: int) -> Any:
-    """Samples `[n]` as FFmpeg takes them, `start` samples after the first ones."""
-    samples = np.ascontiguousarray(pcm, dtype=np.int16).reshape(1, -1)
-    frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-    frame.sample_rate = rate
-    frame.pts = start
-    return frame
-
-
-def _bytes_of(frames: list[Any]) -> bytes:
-    return b"".join(frame.to_ndarray().astype("<i2").tobytes() for frame in frames)
 
 
 class _Out:

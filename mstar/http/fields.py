@@ -14,6 +14,7 @@ from mstar.http.messages import read_messages
 from mstar.http.settings import Settings
 from mstar.io.sniff import kind_of
 from mstar.models.card import ModelCard
+from mstar.models.parameters import Parameter
 
 __all__ = ["FIELDS", "Ask", "ask_of", "check_text", "deadline"]
 
@@ -26,8 +27,7 @@ FIELDS = (
     "model_kwargs",
     "request_id",
 )
-_BOOLS = {"true": True, "1": True, "yes": True, "on": True}
-_BOOLS |= {"false": False, "0": False, "no": False, "off": False}
+_STREAMING = Parameter("streaming", bool, True)
 _MEDIA = {"image": "images", "audio": "audio", "video": "video"}
 # Arguments of `Engine.submit` that have a field of their own. Media by any other way than a file
 # would be a path on the server.
@@ -83,7 +83,7 @@ def ask_of(card: ModelCard, settings: Settings, parts: Sequence[Part]) -> Ask:
         arguments["input_modalities"] = _order(values.get("input_modalities"), order)
     ask = Ask(arguments)
     if "streaming" in values:
-        ask.streaming = _bool("streaming", values["streaming"])
+        ask.streaming = _STREAMING.check(_STREAMING.parse(values["streaming"]))
     if "request_id" in values:
         arguments["request_id"] = _request_id(values["request_id"])
     wanted = _words(values.get("output_modalities"))
@@ -112,7 +112,6 @@ def deadline(settings: Settings, header: str | None, asked: Any = None) -> float
     """Seconds for a request: what the client asks for, at most what the operator allows.
 
     Args:
-        settings: see there.
         header: the value of `x-request-timeout`.
         asked: the field `timeout`, which goes before it.
     """
@@ -188,12 +187,6 @@ def _order(stated: str | None, order: list[str]) -> tuple[str, ...]:
 
 def _words(text: str | None) -> list[str]:
     return [word for word in map(str.strip, (text or "").lower().split(",")) if word]
-
-
-def _bool(name: str, text: str) -> bool:
-    if text.strip().lower() not in _BOOLS:
-        raise InvalidRequest(name, text, "must be true or false")
-    return _BOOLS[text.strip().lower()]
 
 
 def _request_id(text: str) -> str:

@@ -25,7 +25,6 @@ class Front:
 
     Args:
         engine: the Engine.
-        settings: see there.
     """
 
     def __init__(self, engine: Any, settings: Settings) -> None:

@@ -6,6 +6,7 @@ from mstar.errors import InvalidRequest
 from mstar.http.allowance import allowance_of
 from mstar.http.settings import Settings
 from mstar.io.probe import Probed, Unreadable, probe_audio, probe_image, probe_video
+from mstar.io.sniff import kind_of
 
 __all__ = ["check_media"]
 
@@ -58,12 +59,17 @@ def _check_audio(settings: Settings, data: bytes) -> tuple[str, float]:
 
 
 def _check_video(settings: Settings, data: bytes) -> tuple[str, float]:
-    longest = settings.max_video_seconds
-    found = probe_video(data, longest)
+    longest, most = settings.max_video_seconds, settings.max_video_frames
+    if kind_of(data) == "image":  # such as GIF
+        most = min(most, _MOST_FRAMES)
+        found = probe_image(data, most)
+        if found.frames < 2:
+            raise Unreadable("the data holds image, and one that does not move")
+    else:
+        found = probe_video(data, longest)
     _check_seconds(found, longest, "video")
     _check_pixels(settings, found, "video")
-    if found.frames > settings.max_video_frames:
-        most = settings.max_video_frames
+    if found.frames > most:
         raise _TooLarge(f"the video has {found.frames} frames; at most {most}")
     return "frames of video", found.frames
 

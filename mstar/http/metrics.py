@@ -19,6 +19,7 @@ from mstar.types import Usage
 
 __all__ = ["Metrics"]
 
+_UP = "mstar_up", "Whether the engine serves."
 _METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1)
@@ -93,48 +94,38 @@ class _EngineCollector(Collector):
         try:
             stats = self._engine.stats()
         except MStarError:
-            yield GaugeMetricFamily("mstar_up", "Whether the engine serves.", value=0)
+            yield GaugeMetricFamily(*_UP, value=0)
             return
-        yield GaugeMetricFamily("mstar_up", "Whether the engine serves.", value=1)
-        requests = dict(stats["requests"])
-        yield GaugeMetricFamily(
-            "mstar_requests_running", "Requests that run.", value=requests.pop("running")
-        )
-        yield GaugeMetricFamily(
-            "mstar_requests_waiting", "Requests in the queue.", value=requests.pop("waiting")
-        )
-        ended = CounterMetricFamily(
-            "mstar_requests", "Requests that ended, by outcome.", labels=["outcome"]
-        )
-        for outcome, count in requests.items():
-            ended.add_metric([outcome], count)
-        yield ended
-        tokens = dict(stats["tokens"])
+        yield GaugeMetricFamily(*_UP, value=1)
+        requests, tokens = dict(stats["requests"]), dict(stats["tokens"])
+        for state, where in (("running", "that run"), ("waiting", "in the queue")):
+            name, help = f"mstar_requests_{state}", f"Requests {where}."
+            yield GaugeMetricFamily(name, help, value=requests.pop(state))
         seconds = tokens.pop("audio_seconds", 0.0)
         yield CounterMetricFamily("mstar_audio_seconds", "Seconds of audio made.", value=seconds)
-        counted = CounterMetricFamily(
-            "mstar_tokens", "Tokens of ended requests, by kind.", labels=["kind"]
-        )
+        help = "Requests that ended, by outcome."
+        ended = CounterMetricFamily("mstar_requests", help, labels=["outcome"])
+        help = "Tokens of ended requests, by kind."
+        counted = CounterMetricFamily("mstar_tokens", help, labels=["kind"])
+        for outcome, count in requests.items():
+            ended.add_metric([outcome], count)
         for kind, count in tokens.items():
             counted.add_metric([kind.removesuffix("_tokens")], count)
-        yield counted
-        yield from _of_nodes(stats["nodes"])
+        yield from (ended, counted, *_of_nodes(stats["nodes"]))
 
 
 def _of_nodes(nodes: dict[str, Any]) -> Iterator[Metric]:
-    waiting = GaugeMetricFamily(
-        "mstar_node_waiting", "Calls that wait for a node.", labels=["node"]
-    )
-    batches = HistogramMetricFamily("mstar_batch_size", "Calls per batch.", labels=["node"])
-    pages = GaugeMetricFamily("mstar_kv_pages", "KV cache pages.", labels=["node", "state"])
-    preempted = CounterMetricFamily(
-        "mstar_preemptions", "Requests that gave up their pages.", labels=["node"]
-    )
+    own = ["node"]
+    waiting = GaugeMetricFamily("mstar_node_waiting", "Calls that wait for a node.", labels=own)
+    batches = HistogramMetricFamily("mstar_batch_size", "Calls per batch.", labels=own)
+    pages = GaugeMetricFamily("mstar_kv_pages", "KV cache pages.", labels=[*own, "state"])
+    help = "Requests that gave up their pages."
+    preempted = CounterMetricFamily("mstar_preemptions", help, labels=own)
     for name, node in nodes.items():
         waiting.add_metric([name], node["waiting"])
-        sizes = node["batch_sizes"]
+        sizes = node["batch_sizes"].items()
         buckets = [
-            (str(float(top)), sum(count for size, count in sizes.items() if size <= top))
+            (str(float(top)), sum(count for size, count in sizes if size <= top))
             for top in _BATCHES
         ]
         batches.add_metric([name], [*buckets, ("+Inf", node["batches"])], node["calls"])

@@ -41,7 +41,7 @@ class Recorder:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        record = Record(scope)
+        record = Record(scope, send)
         new_allowance(self.front.settings)
         status = 0
 

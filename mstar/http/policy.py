@@ -58,7 +58,6 @@ class ShownPolicy:
     """Answers observations. Any thread may use it.
 
     Args:
-        front: see there.
         policy: of `Engine.policy`.
         metadata: the first frame of every connection.
     """

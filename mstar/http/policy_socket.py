@@ -41,7 +41,6 @@ def policy_routes(front: Front, policy: ShownPolicy | None) -> APIRouter:
     """`/healthz`, and the websocket on every path.
 
     Args:
-        front: see there.
         policy: None refuses all connections.
     """
     router = APIRouter()
@@ -168,24 +167,15 @@ class _Figures:
     """For Prometheus."""
 
     def __init__(self, registry: Any) -> None:
-        self.open = Gauge(
-            "mstar_policy_connections_open", "Robots that are connected.", registry=registry
-        )
-        self.connections = Counter(
-            "mstar_policy_connections",
-            "Websockets that ended, by the status of their handshake; 101: a robot was served.",
-            ["status"],
-            registry=registry,
-        )
-        self.inferences = Counter(
-            "mstar_policy_inferences", "Observations answered.", ["outcome"], registry=registry
-        )
-        self.seconds = Histogram(
-            "mstar_policy_inference_seconds",
-            "From an observation to its answer.",
-            buckets=_SECONDS,
-            registry=registry,
-        )
+        given = {"registry": registry}
+        name, help = "mstar_policy_connections_open", "Robots that are connected."
+        self.open = Gauge(name, help, **given)
+        help = "Websockets that ended, by the status of their handshake; 101: a robot was served."
+        self.connections = Counter("mstar_policy_connections", help, ["status"], **given)
+        name, help = "mstar_policy_inferences", "Observations answered."
+        self.inferences = Counter(name, help, ["outcome"], **given)
+        name, help = "mstar_policy_inference_seconds", "From an observation to its answer."
+        self.seconds = Histogram(name, help, buckets=_SECONDS, **given)
 
 
 def _check(front: Front, policy: ShownPolicy | None, socket: WebSocket, open_now: int) -> None:

@@ -19,7 +19,8 @@ _LONGEST_ID = 200
 class Record:
     """Filled while a request is served."""
 
-    def __init__(self, scope: dict[str, Any]) -> None:
+    def __init__(self, scope: dict[str, Any], send: Any = None) -> None:
+        self.send = send  # what the server gave, with nothing of the app around it
         incoming = _incoming_id(scope.get("headers", ()))
         self.named = incoming is not None  # by the client
         self.request_id = incoming or f"req-{uuid.uuid4().hex}"

@@ -32,7 +32,6 @@ async def running(
     """Submit a request; leaving the block, or the client's disconnect, cancels it.
 
     Args:
-        front: see there.
         request: of HTTP, its body read.
         arguments: of `Engine.submit`.
 
@@ -108,7 +107,8 @@ class Running:
         Raises:
             MStarError: what ended the request early.
         """
-        async for _, events in merged([self]):
+        async for _, events in listening.merged([self.handle]):
+            self.look_at(events)
             yield events
 
     async def events(self) -> AsyncIterator[Event]:
@@ -119,8 +119,10 @@ class Running:
 
     def look_at(self, events: list[Event]) -> None:
         """Note when what came."""
-        now = time.monotonic() - self._began
         self._last = events[-1]
+        if self._first_audio is not None:
+            return
+        now = time.monotonic() - self._began
         for event in events:
             if event.finish_reason is not None:
                 continue

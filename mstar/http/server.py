@@ -70,7 +70,6 @@ def serve(
 
     Args:
         model: what `Engine` takes.
-        listening, settings: see there.
         engine_options: keywords of `Engine`.
 
     Raises:

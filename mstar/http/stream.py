@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mstar.http.record import record_of
+
 __all__ = ["StreamedResponse", "streamed"]
 
 # Proxies are not to keep it, nor to collect it before they pass it on.
@@ -46,18 +48,15 @@ class StreamedResponse(Response):
         and around a response there are two dozen of them.
         """
         try:
-            await asyncio.ensure_future(self._send(send))
+            start = {"type": "http.response.start", "status": self.status_code}
+            await send({**start, "headers": self.raw_headers})
+            await asyncio.ensure_future(self._send(record_of(scope).send))
         finally:
             await self.rest.aclose()
 
     async def _send(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": self.status_code}
-        await send({**start, "headers": self.raw_headers})
-        await send(_piece(self.first))
+        kind = "http.response.body"
+        await send({"type": kind, "body": self.first, "more_body": True})
         async for piece in self.rest:
-            await send(_piece(piece))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _piece(data: bytes) -> dict:
-    return {"type": "http.response.body", "body": data, "more_body": True}
+            await send({"type": kind, "body": piece, "more_body": True})
+        await send({"type": kind, "body": b"", "more_body": False})

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mstar.engine.feature_cache import FeatureCache
+from mstar.engine.layers.quantized import Quantization
 from mstar.engine.node import Node
 from mstar.engine.request import Request
 
@@ -56,6 +57,7 @@ class Setup:
         token_budget: most prefill tokens in one batch.
         prefix_cache: keep finished sequences' pages for others with the same beginning.
         look_ahead: see `LanguageModel`.
+        quantization: of the layers that the model names; None for none.
         progress: called with (done, total, name) while weights are read.
         options: of the family, by name.
     """
@@ -70,6 +72,7 @@ class Setup:
     token_budget: int = 512
     prefix_cache: bool = True
     look_ahead: bool | None = None
+    quantization: Quantization | None = None
     progress: Callable[[int, int, str], None] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,6 +87,7 @@ class Model:
     networks: Sequence[nn.Module] = ()
     features: FeatureCache | None = None  # encoded media that it keeps
     options: Sequence[str] = ()  # names of those that `Setup.options` may hold
+    quantized: str = ""  # what `Quantization.layers` is, of its networks; none, if empty
 
     @classmethod
     def load(cls, setup: Setup) -> Model:
@@ -106,6 +110,11 @@ class Model:
     async def walk(self, request: Request) -> str | None:
         """Serve one request; returns its finish reason (`"stop"` if None)."""
         raise NotImplementedError
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        """Requests, as arguments of `generate`, that run what `warmup` does not: prompts, media,
+        codecs. On a GPU the Engine sends them after it, so that nothing is compiled later."""
+        return ()
 
     def policy_of(self, engine: Any, robot: Any, rename: Mapping[str, str] | None) -> Any:
         """What `Engine.policy` returns, of a model that makes actions."""

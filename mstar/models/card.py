@@ -13,10 +13,6 @@ from mstar.models.parameters import Parameters
 __all__ = ["ModelCard"]
 
 
-def _never(config: dict[str, Any]) -> bool:
-    return False
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelCard:
     """What the registry, the command line and HTTP need to know about a family.
@@ -33,7 +29,8 @@ class ModelCard:
         full: a folder with the configs and tokenizers of the published size, one subfolder per
             part, for dummy weights; `None` if there is none.
         chat: whether it takes `messages`.
-        recognises: whether a first part's `config.json` belongs to this family.
+        recognises: whether a first part's `config.json` belongs to this family; by default, whether
+            its `model_type` is the name.
         default_output: what it makes when nobody says; the first of `outputs` if left out.
         methods: of `encode`, `predict`, `rollout` and `plan` of the Engine, those that it has.
     """
@@ -49,13 +46,16 @@ class ModelCard:
     tiny: Path | None = None
     full: Path | None = None
     chat: bool = False
-    recognises: Callable[[dict[str, Any]], bool] = _never
+    recognises: Callable[[dict[str, Any]], bool] | None = None
     default_output: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.default_output:
             object.__setattr__(self, "default_output", self.outputs[:1])
+        if self.recognises is None:
+            found = self.name
+            object.__setattr__(self, "recognises", lambda c: c.get("model_type") == found)
 
     @property
     def main_part(self) -> str:

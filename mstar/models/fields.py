@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_flags", "check_lists", "check_numbers", "check_sizes", "read_object", "required"]
+__all__ = [
+    "check_fields",
+    "check_flags",
+    "check_lists",
+    "check_numbers",
+    "check_sizes",
+    "known",
+    "read_object",
+    "required",
+]
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
@@ -25,6 +35,14 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"it must hold an object, not a {type(found).__name__}")
     return found
+
+
+def known(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config that are fields of a dataclass, with tuples for lists; those that are
+    null count as left out."""
+    names = {field.name for field in fields(kind)}
+    given = {name: value for name, value in config.items() if name in names and value is not None}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
 
 def required(config: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -63,6 +81,22 @@ def check_flags(config: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         if not isinstance(config[name], bool):
             raise ValueError(f"{name}={config[name]!r}: must be true or false")
+
+
+_CHECKS = {
+    "int": check_sizes,
+    "float": check_numbers,
+    "bool": check_flags,
+    "tuple[int, ...]": check_lists,
+}
+
+
+def check_fields(values: Any) -> None:
+    """Refuse a dataclass with a field that is not of its type: integers are at least 1, and numbers
+    above 0."""
+    for field in fields(values):
+        if field.type in _CHECKS:
+            _CHECKS[field.type](vars(values), [field.name])
 
 
 def _is_size(value: Any) -> bool:

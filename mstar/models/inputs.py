@@ -13,6 +13,7 @@ from mstar.types import MODALITIES
 __all__ = ["gather_inputs", "output_modalities_for"]
 
 _MODALITY_OF = {"text": "text", "images": "image", "audio": "audio", "video": "video"}
+_LATENTS = ("video", "tensor", "scalar")  # what some servers call them
 
 
 def gather_inputs(
@@ -53,7 +54,7 @@ def gather_inputs(
 
 def output_modalities_for(card: ModelCard, wanted: Sequence[str] | None) -> tuple[str, ...]:
     """What is to be made: what was asked for, or the model's default. Latents may be asked for as
-    `video`, as servers of such models have it, unless the model makes videos.
+    `video`, `tensor` or `scalar`, as servers of such models have it.
 
     Raises:
         InvalidRequest: unknown, or not what the model makes.
@@ -71,8 +72,10 @@ def _modalities(
     names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     if not names:
         raise InvalidRequest(field, wanted, f"must name at least one of {', '.join(allowed)}")
-    if field == "output_modalities" and "latent" in allowed and "video" not in allowed:
-        names = tuple(dict.fromkeys("latent" if n == "video" else n for n in names))
+    if field == "output_modalities" and "latent" in allowed:
+        names = tuple(
+            dict.fromkeys("latent" if n in _LATENTS and n not in allowed else n for n in names)
+        )
     for modality in names:
         if modality not in MODALITIES:
             raise InvalidRequest(field, modality, f"must be one of {', '.join(MODALITIES)}")

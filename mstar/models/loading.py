@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mstar.engine.hub import resolve
+from mstar.engine.layers.quantized import Quantization, check_quantization
 from mstar.errors import InvalidRequest, ModelNotFound
 from mstar.models.base import Model, Setup
 from mstar.models.registry import Target
@@ -27,6 +28,7 @@ def load_model(
     dtype: str | torch.dtype | None,
     load_format: str,
     progress: bool | None,
+    quantization: str | None = None,
     **options: Any,
 ) -> Model:
     """Fetch what has to be fetched, and load it.
@@ -43,11 +45,18 @@ def load_model(
         if name not in model_class.options:
             allowed = ", ".join(model_class.options) or "none"
             raise InvalidRequest("options", name, f"{target.card.name} has {allowed}")
+    if quantization is not None:
+        check_quantization(quantization, device)
+        if not model_class.quantized:
+            allowed = f"{target.card.name} has no layers that can be quantised"
+            raise InvalidRequest("quantization", quantization, allowed)
+        quantization = Quantization(quantization, model_class.quantized)
     setup = Setup(
         folders=_folders(target, dummy, bar is not None),
         device=device,
         dtype=dtype_for(dtype, device),
         dummy=dummy,
+        quantization=quantization,
         progress=bar,
         **options,
     )

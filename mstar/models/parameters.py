@@ -14,7 +14,7 @@ from typing import Any
 
 from mstar.errors import InvalidRequest, nearest
 
-__all__ = ["Parameter", "Parameters", "plain", "positive"]
+__all__ = ["Parameter", "Parameters", "demand", "plain", "positive"]
 
 _NAME_OF = {int: "int", float: "float", bool: "bool", str: "str"}
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True}
@@ -30,10 +30,11 @@ class Parameter:
         kind: `int`, `float`, `bool`, `str`, or for anything else a function that takes the value
             and returns it in normal form, or raises `ValueError` with what would be accepted.
         default: the value when it is not given.
-        low, high: the range of a number; the ends belong to it unless `low_open` / `high_open`.
+        low, high: the range of a number; the ends belong to it, `low` unless `low_open`.
         choices: the accepted strings.
         unless: name of a bool parameter which, when true, lets any string in beside `choices`.
-        nullable: `None` is a value of its own. Elsewhere it means "not given".
+        nullable: `None` is a value of its own, as it always is where it is the default. Elsewhere
+            it means "not given".
         help: one line for people.
         aliases: other keywords for the same parameter.
         accepts: what is accepted, in words; needed where `kind` is a function.
@@ -45,13 +46,16 @@ class Parameter:
     low: float | None = None
     high: float | None = None
     low_open: bool = False
-    high_open: bool = False
     choices: tuple[str, ...] = ()
     unless: str | None = None
     nullable: bool = False
     help: str = ""
     aliases: tuple[str, ...] = ()
     accepts: str = ""
+
+    def __post_init__(self) -> None:
+        if self.default is None:
+            object.__setattr__(self, "nullable", True)
 
     @property
     def type_name(self) -> str:
@@ -120,9 +124,7 @@ class Parameter:
     def _inside(self, number: float) -> bool:
         if self.low is not None and (number < self.low or (self.low_open and number == self.low)):
             return False
-        return self.high is None or not (
-            number > self.high or (self.high_open and number == self.high)
-        )
+        return self.high is None or not number > self.high
 
     def _sentence(self) -> str:
         if self.accepts:
@@ -135,12 +137,11 @@ class Parameter:
             names = ", ".join(choice or '"" (none)' for choice in self.choices)
             return f"one of {names}" + (f", or any with {self.unless}=true" if self.unless else "")
         words = "an integer" if self.kind is int else "a number"
-        low = None if self.low is None else ("above" if self.low_open else "at least", self.low)
-        high = None if self.high is None else ("below" if self.high_open else "at most", self.high)
-        if low and high and not self.low_open and not self.high_open:
+        if None not in (self.low, self.high) and not self.low_open:
             return f"{words} from {self.low} to {self.high}"
-        ends = [f"{word} {number}" for word, number in filter(None, (low, high))]
-        return " ".join([words, " and ".join(ends)]).strip()
+        low = [] if self.low is None else [f"{'above' if self.low_open else 'at least'} {self.low}"]
+        high = [] if self.high is None else [f"at most {self.high}"]
+        return " ".join([words, " and ".join(low + high)]).strip()
 
 
 class Parameters:
@@ -253,6 +254,12 @@ def plain(value: Any) -> Any:
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         return value.item()
     return value
+
+
+def demand(good: bool, field: str, value: Any, allowed: str) -> None:
+    """Refuse a value that is not good."""
+    if not good:
+        raise InvalidRequest(field, value, allowed)
 
 
 def positive(field: str, value: Any, most: float) -> float:

@@ -133,7 +133,6 @@ def sampling_table(
         parameter(
             "logit_bias",
             logit_bias,
-            nullable=True,
             accepts="an object of token id -> number from -100 to 100",
             help="added to the logits of single tokens",
         ),
@@ -143,14 +142,12 @@ def sampling_table(
         parameter(
             "stop",
             stop_strings,
-            nullable=True,
             accepts="a string, or a list of up to 16 of them",
             help="strings that end the text; they are not part of it",
         ),
         parameter(
             "stop_token_ids",
             token_ids,
-            nullable=True,
             accepts="a token id, or a list of up to 16 of them",
             help="tokens that end it, beside the model's own",
         ),
@@ -158,7 +155,6 @@ def sampling_table(
         parameter(
             "logprobs",
             int,
-            nullable=True,
             low=0,
             high=20,
             help="tell how likely each token was, and this many of the likeliest",

@@ -12,9 +12,9 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.kernels.layer_norm import layer_norm
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.packed import packed_attention
+from mstar.engine.layers.residual import normed
 from mstar.engine.weights import Source
 
 __all__ = ["Siglip", "SiglipSizes"]
@@ -79,8 +79,8 @@ class _Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What leaves is the residual stream and what is still to be added to it; what comes too,
         so that a norm takes the addition along."""
-        h, x = _norm(self.layer_norm1, x, added)
-        h, x = _norm(self.layer_norm2, self.self_attn(h, lengths), x)
+        h, x = normed(self.layer_norm1, x, added)
+        h, x = normed(self.layer_norm2, self.self_attn(h, lengths), x)
         return x, self.mlp(h)
 
 
@@ -119,14 +119,7 @@ class Siglip(nn.Module):
         added = None
         for layer in self.encoder.layers:
             x, added = layer(x, added, lengths)
-        return _norm(self.post_layernorm, x, added)[0]
-
-
-def _norm(layer: nn.LayerNorm, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The norm of a residual stream with what is added to it, and the stream."""
-    if added is None:
-        return layer_norm(x, layer.weight, layer.bias, layer.eps), x
-    return layer_norm(x, layer.weight, layer.bias, layer.eps, added)
+        return normed(self.post_layernorm, x, added)[0]
 
 
 def _apply(layer: nn.Linear, x: Tensor) -> Tensor:

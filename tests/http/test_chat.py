@@ -12,6 +12,7 @@ from mstar.http.openai.chat_shapes import logprobs_of, usage_of
 from mstar.types import TextChunk, Usage
 from tests.http.chatting import HELLO, ask, client, openai, post, told  # noqa: F401
 from tests.http.conftest import every_site
+from tests.waiting import until
 
 
 def test_a_completion_has_the_shape_that_openai_gives_it(client, site):  # noqa: F811
@@ -52,6 +53,16 @@ def test_choices_share_one_prompt_in_the_usage():
     )
     assert usage["prompt_tokens_details"]["cached_tokens"] == 4
     assert "text_tokens" not in usage["completion_tokens_details"]
+
+
+def test_tokens_of_sound_are_told_where_they_are_counted():
+    counted = Usage(10, 0, 7, image_tokens=2, audio_tokens=3, speech_tokens=4)
+    usage = usage_of([counted, counted], ("text", "audio"), heard=True)
+    read, made = usage["prompt_tokens_details"], usage["completion_tokens_details"]
+    assert (read["text_tokens"], read["audio_tokens"], read["image_tokens"]) == (5, 3, 2)
+    assert (made["text_tokens"], made["audio_tokens"]) == (6, 8)
+    unknown = usage_of([Usage(10)], ("text",), heard=True)["prompt_tokens_details"]
+    assert not {"text_tokens", "audio_tokens"} & unknown.keys()
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
@@ -189,6 +200,7 @@ def test_a_full_queue_says_when_to_come_back():
         reply = post(site, n=3, hang=True)
         assert reply.status_code == 503
         assert reply.headers["retry-after"] == "1"
+        until(lambda: not site.engine.stats()["requests"]["running"])
         assert post(site).status_code == 200
 
 

@@ -13,7 +13,6 @@ import pytest
 
 from mstar.errors import InvalidRequest
 from mstar.http.encoders import PCM_RATE, check_encoder, encode_whole, open_encoder
-from mstar.http.openai.chat_store import Transcripts
 from tests.http.chatting import HELLO, ask, client, events_of, openai, post, told  # noqa: F401
 
 av = pytest.importorskip("av")
@@ -111,27 +110,6 @@ def test_later_messages_refer_back_to_sound(site, client, stream):  # noqa: F811
         earlier = ask(client, **SPOKEN).choices[0].message.model_dump()
     given = told(client, messages=[*HELLO, earlier, {"role": "user", "content": "and?"}])
     assert given["messages"][1] == {"role": "assistant", "content": "0 1 2 "}
-
-
-def test_transcripts_expire():
-    now = [1000.0]
-    store = Transcripts(seconds=10, clock=lambda: now[0])
-    assert store.put("a", "said") == 1010
-    assert store.get("a") == "said"
-    now[0] = 1010.0
-    assert store.get("a") is None
-    assert len(store) == 0
-
-
-def test_transcripts_are_few_and_short():
-    store = Transcripts(most=2)
-    for name in "abc":
-        store.put(name, name)
-    assert [store.get(name) for name in "abc"] == [None, "b", "c"]
-    store = Transcripts(most_chars=10)
-    store.put("a", "x" * 6)
-    store.put("b", "x" * 6)
-    assert (store.get("a"), store.get("b")) == (None, "x" * 6)
 
 
 # -- samples at another rate ---------------------------------------------------------------------

@@ -11,7 +11,7 @@ from mstar.errors import InvalidRequest
 from mstar.http.messages import Media, read_messages
 from mstar.http.openai.chat_fields import parameter_values
 from mstar.http.openai.chat_request import ChatAsk
-from mstar.http.openai.chat_surface import ChatSurface, chat_of
+from mstar.http.openai.surfaces import surfaces_of
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter, Parameters
 from tests.every_modality import CARD, described
@@ -147,25 +147,19 @@ TALKER = ModelCard(
     parameters=Parameters(
         "talker",
         [
-            Parameter("thinker_temperature", float, 0.7, low=0, high=1),
-            Parameter("thinker_max_tokens", int, 100, low=1),
+            Parameter("thinker_temperature", float, 0.7, low=0, high=1, aliases=("temperature",)),
+            Parameter("thinker_max_tokens", int, 100, low=1, aliases=("max_output_tokens",)),
             Parameter("chat_template_kwargs", dict, {}, accepts="an object"),
         ],
     ),
     repos={},
     chat=True,
 )
-NAMES = {
-    "temperature": "thinker_temperature",
-    "max_tokens": "thinker_max_tokens",
-    "max_completion_tokens": "thinker_max_tokens",
-}
 
 
-def test_a_surface_maps_fields_to_parameters():
-    surface = ChatSurface(names=NAMES)
+def test_fields_set_the_parameters_that_go_by_their_names():
     fields = {"temperature": 0.5, "max_completion_tokens": 7, "chat_template_kwargs": {"a": 1}}
-    values, field_of = parameter_values(TALKER, surface, fields)
+    values, field_of = parameter_values(TALKER, fields)
     assert values == {
         "thinker_temperature": 0.5,
         "thinker_max_tokens": 7,
@@ -175,8 +169,8 @@ def test_a_surface_maps_fields_to_parameters():
 
 
 def test_a_card_tells_its_surface():
-    assert chat_of(CARD).modalities == ("text", "audio", "image")
-    assert chat_of(TALKER).modalities == ("text", "image")
+    assert surfaces_of(CARD).chat == ("text", "audio", "image")
+    assert surfaces_of(TALKER).chat == ("text", "image")
     silent = ModelCard(
         name="a",
         title="",
@@ -187,7 +181,7 @@ def test_a_card_tells_its_surface():
         repos={},
         chat=True,
     )
-    assert chat_of(silent) is None
+    assert surfaces_of(silent).chat is None
 
 
 def test_a_mistake_is_told_in_the_words_of_the_request():

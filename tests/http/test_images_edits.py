@@ -159,32 +159,21 @@ def test_a_family_may_say_what_its_words_are(site, asked, monkeypatch):
     surface = ImagesSurface(
         steps="steps",
         fewer_steps=1,
-        fidelity="voice",
         size=(64, 64),
-        grid=16,
         keeps_size=False,
-        qualities={"low": {"steps": 2}, "high": {"steps": 50}},
     )
     with served_as(site, monkeypatch, surface) as other:
-        body = {"prompt": "x", "quality": "high", "stream": True, "partial_images": 3}
+        body = {"prompt": "x", "steps": 50, "stream": True, "partial_images": 3}
         reply = other.post("/v1/images/generations", json=body)
         assert asked[0]["steps"] == 50
         assert asked[0]["preview_every"] == 16  # of 49 steps
         assert reply.text.count("event: image_generation.partial_image") == 3
-        body = {"prompt": "x", "quality": "low", "num_timesteps": 3}
-        other.post("/v1/images/generations", json=body)
-        assert "steps" not in asked[1]  # what is said by name wins over the quality
-        assert asked[1]["num_timesteps"] == 3
         reply = other.post("/v1/images/edits", data={"prompt": "x"}, files={"image": RED})
         assert reply.json()["size"] == "64x64"
-        body = {"prompt": "x", "input_fidelity": "high"}
-        reply = other.post("/v1/images/edits", data=body, files={"image": RED})
-        assert reply.json()["error"]["param"] == "input_fidelity"
-        assert "voice='high'" in reply.json()["error"]["message"]
 
 
 def test_what_a_model_lacks_is_refused_by_name(site, monkeypatch):
-    bare = ImagesSurface(None, None, None, None, 0, None, None, None, edits=True)
+    bare = ImagesSurface(None, None, None, None, 0, None, None, edits=True)
     with served_as(site, monkeypatch, bare) as other:
         for field, value in (("size", "64x64"), ("input_fidelity", "high"), ("mask", None)):
             files = {"image": RED, **({"mask": mask_of(48, 32)} if field == "mask" else {})}

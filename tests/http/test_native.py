@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import requests
 
-from mstar.types import AudioBuffer
+from mstar.http import wire
+from mstar.types import AudioBuffer, AudioChunk
 from tests.every_modality import PNG, picture
 from tests.http.conftest import Site, every_site
 from tests.waiting import until
@@ -220,3 +221,16 @@ def test_many_streams_at_once(site):
     assert len(replies) == 20
     texts = {b"".join(base64.b64decode(x["data"]) for x in lines).decode() for lines in replies}
     assert texts == {f"{i}-0 {i}-1 {i}-2 " for i in range(20)}
+
+
+def test_the_short_way_of_sound_writes_what_the_long_way_writes():
+    class Longer(AudioChunk):
+        """Sound that is not recognised as such at once."""
+
+    for pcm in (
+        np.arange(9, dtype=np.int16),
+        np.arange(9, dtype=np.int16)[::-2],
+        np.zeros(0, "i2"),
+    ):
+        short, long = (wire.lines([kind(pcm, 24000)], "id", {}) for kind in (AudioChunk, Longer))
+        assert short == long

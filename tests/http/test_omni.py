@@ -55,9 +55,14 @@ def spoken(data: str) -> tuple[np.ndarray, int]:
     return soundfile.read(io.BytesIO(base64.b64decode(data)), dtype="int16")
 
 
+def part(kind: str, mime: str, data: bytes) -> dict:
+    url = f"data:{mime};base64,{base64.b64encode(data).decode()}"
+    return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+
+
 def test_it_has_chat_and_speech_and_no_images():
     surfaces = surfaces_of(registry.get("qwen3_omni"))
-    assert surfaces.chat.modalities == ("text", "audio")
+    assert surfaces.chat == ("text", "audio")
     assert surfaces.speech is not None
     assert surfaces.images is None
 
@@ -91,11 +96,6 @@ def test_videos_and_sounds_are_data_urls(client):
     import openai
 
     av = pytest.importorskip("av")
-
-    def part(kind, mime, data):
-        url = f"data:{mime};base64,{base64.b64encode(data).decode()}"
-        return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
-
     film = io.BytesIO()
     with av.open(film, "w", format="mp4") as file:
         stream = file.add_stream("mpeg4", rate=2)
@@ -114,6 +114,25 @@ def test_videos_and_sounds_are_data_urls(client):
     parts[1] = part("video", "video/mp4", b"no film")
     with pytest.raises(openai.BadRequestError, match=r"messages\[0\].content\[1\].video_url"):
         client.chat.completions.create(messages=[{"role": "user", "content": parts}], **SHORT)
+
+
+def test_a_gif_is_a_video_if_it_moves(client):
+    import openai
+    from PIL import Image
+
+    def gif(frames: int) -> dict:
+        out, shades = io.BytesIO(), [Image.new("L", (64, 48), 60 * i) for i in range(frames)]
+        shades[0].save(out, "GIF", save_all=True, append_images=shades[1:])
+        return part("video", "image/gif", out.getvalue())
+
+    def ask(frames: int):
+        messages = [{"role": "user", "content": [gif(frames)]}]
+        extra = {"video_min_pixels": 1024}
+        return client.chat.completions.create(messages=messages, **SHORT, extra_body=extra)
+
+    assert ask(4).usage.prompt_tokens_details.image_tokens > 0
+    with pytest.raises(openai.BadRequestError, match="does not move"):
+        ask(1)
 
 
 def test_speech_comes_with_its_transcript(client, omni):

@@ -25,6 +25,7 @@ ENGINE = {
     "weights": (["--weights", "a=b"], {"a": "b"}),
     "device": (["--device", "cpu"], "cpu"),
     "dtype": (["--dtype", "float32"], "float32"),
+    "quantization": (["--quantization", "int8"], "int8"),
     "load_format": (["--load-format", "dummy"], "dummy"),
     "kv_tokens": (["--kv-tokens", "512"], 512),
     "memory_fraction": (["--memory-fraction", "0.5"], 0.5),

@@ -6,7 +6,8 @@ every one of them imports on a machine without Triton; there, only calling a ker
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -20,9 +21,15 @@ except ImportError:  # e.g. macOS: the torch paths are all there is
 __all__ = ["jit", "next_power_of_2", "tl", "triton", "use_triton"]
 
 
-def jit(function: Callable) -> Callable:
-    """``triton.jit``, or the function itself where Triton is not installed."""
-    return function if triton is None else triton.jit(function)
+def jit(function: Callable | None = None, *, varying: Sequence[str] = ()) -> Callable:
+    """``triton.jit``, or the function itself where Triton is not installed.
+
+    Args:
+        varying: integers that are other ones at every launch: nothing is compiled for some of them.
+    """
+    if function is None:
+        return partial(jit, varying=varying)
+    return function if triton is None else triton.jit(function, do_not_specialize=list(varying))
 
 
 def use_triton(x: Tensor) -> bool:

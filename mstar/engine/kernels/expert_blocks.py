@@ -71,7 +71,7 @@ def expert_blocks_triton(experts: Tensor, count: int, size: int) -> tuple[Tensor
     return rows, owner
 
 
-@jit
+@jit(varying=("items", "blocks"))
 def _expert_blocks_kernel(
     experts,  # [items] int64
     rows,  # [blocks * SIZE]

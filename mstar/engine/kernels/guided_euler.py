@@ -96,7 +96,7 @@ def _mix(main, text, image, text_scale, image_scale, by_image, image_last):
     return tl.where((by_image != 0) & (image_last == 0), first, mixed)
 
 
-@jit
+@jit(varying=("requests", "tokens"))
 def _guided_euler_kernel(
     x,  # [requests, tokens, DIM], as are out and each branch of velocities
     velocities,

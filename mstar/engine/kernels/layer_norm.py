@@ -61,7 +61,7 @@ def layer_norm_triton(
     return norm_rows(_layer_norm_kernel, x, residual, (weight, bias), eps)
 
 
-@jit
+@jit(varying=("num_rows",))
 def _layer_norm_kernel(
     x,  # [rows, HIDDEN]
     residual,  # [rows, HIDDEN], read where FUSED

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +89,7 @@ class PagedBatch:
         self._buffers: dict[str, Tensor] = {}
         self._masks: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
         self._tensors: dict[torch.device, BatchTensors] = {}
+        self._padded: tuple[Tensor, Tensor] | None = None
 
     def _add(self, index: int) -> None:
         """Plan sequence ``index``: where its keys are and which slots its new tokens take."""
@@ -181,6 +183,27 @@ class PagedBatch:
             found.triu_(span.kv_len - span.query_len + 1)
             self._masks[key] = found
         return found
+
+    def padded(self, kv_heads: int) -> tuple[Tensor, Tensor]:
+        """Where the keys of all sequences are, each head's as many as the longest has, on a CPU.
+
+        Returns:
+            Rows int64 ``[sequences * kv_heads * longest]`` in a pool that is ``[slots * kv_heads,
+            head_dim]``, and what is added to the scores, ``[sequences * kv_heads, 1, longest]``:
+            0, or -inf for what makes up the length (the sequence's first key).
+        """
+        if self._padded is None:
+            live = [index for index, n in enumerate(self.query_lens) if n]
+            lens = np.array([self.kv_lens[index] for index in live])
+            place, size = np.arange(lens.max()), self.page_size
+            pages = block_table([self.tables[index] for index in live])[:, place // size]
+            slots = pages.astype(np.int64) * size + place % size
+            beyond = place >= lens[:, None]
+            slots = np.where(beyond, slots[:, :1], slots)
+            rows = slots[:, None] * kv_heads + np.arange(kv_heads)[:, None]
+            mask = np.where(beyond, np.float32(-np.inf), np.float32(0)).repeat(kv_heads, 0)
+            self._padded = torch.from_numpy(rows.ravel()), torch.from_numpy(mask).unsqueeze(1)
+        return self._padded
 
     def gather(self, pages: Tensor, name: str) -> Tensor | None:
         """Pages of all scattered sequences in table order, or None where there are none.

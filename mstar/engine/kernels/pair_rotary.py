@@ -67,7 +67,7 @@ def pair_rotary_triton(x: Tensor, own: Tensor, other: Tensor) -> Tensor:
     return out
 
 
-@jit
+@jit(varying=("tokens", "table_rows"))
 def _pair_rotary_kernel(
     x,  # [batch, tokens, heads, DIM]
     own,  # [batch or 1, tokens, even]

@@ -11,22 +11,41 @@ Networks with QK-norm (Henry et al. 2020) norm every query and key head before t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton, use_triton
+from mstar.engine.kernels.rms_norm import unit_rms
 
-__all__ = ["HeadNorms", "rotary_store", "rotary_store_torch", "rotary_store_triton"]
+__all__ = [
+    "HeadNorms",
+    "paired_angles",
+    "rotary_store",
+    "rotary_store_torch",
+    "rotary_store_triton",
+]
+
+_FEW = 8  # tokens up to which fewer operations count for more than a copy
 
 
-class HeadNorms(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class HeadNorms:
     """Weights of the RMS norms of query and key heads, each ``[head_dim]``."""
 
     query: Tensor
     key: Tensor
     eps: float
+    _rows: dict[tuple[int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    def rows(self, heads: int, kv_heads: int) -> Tensor:
+        """The weight of every query and key head, float32 ``[heads + kv_heads, head_dim]``."""
+        found = self._rows.get((heads, kv_heads))
+        if found is None:
+            parts = self.query.expand(heads, -1), self.key.expand(kv_heads, -1)
+            found = self._rows[heads, kv_heads] = torch.cat(parts).float()
+        return found
 
 
 def rotary_store(
@@ -60,6 +79,15 @@ def rotary_store(
     return compute(qkv, cos, sin, k_pages, v_pages, slots, num_heads, num_kv_heads, norms, out)
 
 
+def paired_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The angles of a few tokens on a CPU as both halves of a head need them, ``[T, 1, 1,
+    head_dim // 2]`` and ``[T, 1, 2, head_dim // 2]``: they are the same in all layers. Others stay
+    as they are."""
+    if use_triton(cos) or len(cos) > _FEW:
+        return cos, sin
+    return cos[:, None, None], torch.stack([-sin, sin], 1).unsqueeze(1)
+
+
 def rotary_store_torch(
     qkv: Tensor,
     cos: Tensor,
@@ -72,32 +100,42 @@ def rotary_store_torch(
     norms: HeadNorms | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """`rotary_store` in plain torch; queries and keys are neighbours and turn in one go."""
-    tokens, dim = len(qkv), k_pages.shape[3]
+    """`rotary_store` in plain torch; queries and keys are neighbours and turn in one go.
+
+    Args:
+        cos, sin: or what `paired_angles` makes of them.
+    """
+    tokens, dim = qkv.shape[0], k_pages.shape[3]
     turning = num_heads + num_kv_heads
-    heads = qkv[:, : turning * dim].view(tokens, turning, dim).float()
+    every = qkv.view(tokens, turning + num_kv_heads, dim)
+    heads, values = every.split_with_sizes((turning, num_kv_heads), 1)
+    heads = heads.float()
     if norms is not None:
-        heads = F.rms_norm(heads, (dim,), None, norms.eps)
-        heads[:, :num_heads] *= norms.query
-        heads[:, num_heads:] *= norms.key
+        heads = unit_rms(heads, norms.eps).mul_(norms.rows(num_heads, num_kv_heads))
     pairs = heads.view(tokens, turning, 2, dim // 2)
-    turned = pairs * cos.view(tokens, 1, 1, dim // 2)
-    x1, x2 = pairs.unbind(2)
-    y1, y2 = turned.unbind(2)
-    sin = sin.unsqueeze(1)
-    y1.addcmul_(x2, sin, value=-1)
-    y2.addcmul_(x1, sin)
-    turned = turned.view(tokens, turning, dim).to(qkv.dtype)
-    _store(k_pages, slots, turned[:, num_heads:])
-    _store(v_pages, slots, qkv[:, turning * dim :].view(tokens, num_kv_heads, dim))
-    queries = turned[:, :num_heads]
+    if sin.dim() == 4:
+        turned = (pairs * cos).addcmul_(pairs.flip(2), sin)
+    else:
+        turned = pairs * cos.view(tokens, 1, 1, dim // 2)
+        x1, x2 = pairs.unbind(2)
+        y1, y2 = turned.unbind(2)
+        sin = sin.unsqueeze(1)
+        y1.addcmul_(x2, sin, value=-1)
+        y2.addcmul_(x1, sin)
+    turned = turned.view(tokens, turning, dim)
+    if turned.dtype != qkv.dtype:
+        turned = turned.to(qkv.dtype)
+    queries, keys = turned.split_with_sizes((num_heads, num_kv_heads), 1)
+    _store(k_pages, slots, keys)
+    _store(v_pages, slots, values)
     return queries if out is None else out.copy_(queries)
 
 
 def _store(pages: Tensor, slots: Tensor, rows: Tensor) -> None:
     """Write rows ``[T, kv_heads, head_dim]`` into their slots."""
     _, size, heads, dim = pages.shape
-    if pages.stride(0) == size * pages.stride(1):
+    page, slot, *_ = pages.stride()
+    if page == size * slot:
         pages.view(-1, heads, dim).index_copy_(0, slots, rows)
     else:  # a pool whose layers are interleaved
         pages[slots // size, slots % size] = rows
@@ -119,7 +157,7 @@ def rotary_store_triton(
     tokens, (_, page_size, _, dim) = len(qkv), k_pages.shape
     if out is None:
         out = qkv.new_empty(tokens, num_heads, dim)
-    query_norm, key_norm, eps = norms or (cos, cos, 0.0)
+    query_norm, key_norm = (norms.query, norms.key) if norms is not None else (cos, cos)
     block = next_power_of_2(dim // 2)
     block_heads = min(max(1, 1024 // block), next_power_of_2(num_heads + 2 * num_kv_heads))
     if tokens:
@@ -133,7 +171,7 @@ def rotary_store_triton(
             out,
             query_norm,
             key_norm,
-            eps,
+            norms.eps if norms is not None else 0.0,
             qkv.stride(0),
             cos.stride(0),
             sin.stride(0),

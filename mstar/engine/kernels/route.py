@@ -28,8 +28,12 @@ def route(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor
 
 def route_torch(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:
     """`route` in plain torch."""
-    weights, experts = logits.float().softmax(-1).topk(top_k, -1)
-    return (weights / weights.sum(-1, keepdim=True) if normalise else weights), experts
+    logits = logits.float()
+    if normalise:  # the softmax of those chosen alone
+        chosen, experts = logits.topk(top_k, -1)
+        return chosen.softmax(-1), experts
+    weights, experts = logits.softmax(-1).topk(top_k, -1)
+    return weights, experts
 
 
 def route_triton(logits: Tensor, top_k: int, *, normalise: bool = True) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ __all__ = [
 
 _BLOCK = 1024
 _STEPS, _CHANNELS = 16, 64
+_VARYING = "inner", "steps", "dilation"
 
 
 def snake(x: Tensor, alpha: Tensor, inverse: Tensor, dim: int = -1) -> Tensor:
@@ -105,7 +106,7 @@ def depthwise_snake_triton(
     return out
 
 
-@jit
+@jit(varying=_VARYING)
 def _snake_kernel(
     x,  # contiguous, as is out
     alpha,  # [channels]
@@ -127,7 +128,7 @@ def _snake_kernel(
     tl.store(out + place, (value.to(tl.float32) + wave * wave * b).to(value.dtype), mask=mask)
 
 
-@jit
+@jit(varying=_VARYING[1:])
 def _depthwise_snake_kernel(
     x,  # [batch, steps, channels], contiguous, as is out
     weight,  # [channels, TAPS]

@@ -21,11 +21,12 @@ from mstar.engine.kernels.gated import silu_mul
 from mstar.engine.kernels.grouped_experts import grouped_experts_triton, token_counts
 from mstar.engine.kernels.route import route
 from mstar.engine.layers.linear import linear
+from mstar.engine.layers.quantized import Quantized
 from mstar.engine.weights import Source
 
 __all__ = [
     "MoE",
-    "experts_gathered",
+    "experts_dense",
     "experts_grouped",
     "experts_loop",
     "route",
@@ -33,9 +34,9 @@ __all__ = [
     "warm_experts",
 ]
 
-# Up to so many elements, the weights of all chosen experts are copied side by side and used at
-# once: for small experts that costs less than a call for each of them.
-_COPIED = 1 << 16
+# Elements of an expert, and products of all tokens with all experts: up to so many, to run every
+# expert costs less than a call for each one that is used.
+_SMALL, _FEW = 1 << 14, 1 << 21
 
 
 class MoE(nn.Module):
@@ -105,7 +106,11 @@ class _Shared(nn.Module):
 
 
 def run_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor | Quantized,
+    down: Tensor | Quantized,
 ) -> Tensor:
     """The weighted sum of every token's experts.
 
@@ -118,11 +123,16 @@ def run_experts(
     Returns:
         `[tokens, hidden]`.
     """
+    if isinstance(gate_up, Quantized):
+        if not use_triton(x):
+            return experts_grouped(x, weights, experts, gate_up, down)
+        scales = gate_up.scales, down.scales
+        return grouped_experts_triton(x, weights, experts, gate_up.values, down.values, scales)
     if use_triton(x):
         return grouped_experts_triton(x, weights, experts, gate_up, down)
-    copied = experts.numel() * gate_up[0].numel()
-    compute = experts_gathered if copied <= _COPIED else experts_grouped
-    return compute(x, weights, experts, gate_up, down)
+    count, double, hidden = gate_up.shape
+    few = double * hidden <= _SMALL and x.shape[0] * count * double * hidden <= _FEW
+    return (experts_dense if few else experts_grouped)(x, weights, experts, gate_up, down)
 
 
 def warm_experts(network: nn.Module, most_tokens: int) -> None:
@@ -130,9 +140,10 @@ def warm_experts(network: nn.Module, most_tokens: int) -> None:
     the mixtures of a network; nothing on a CPU."""
     shapes = {(m.gate_up.shape, m.down.shape): m for m in network.modules() if isinstance(m, MoE)}
     for layer in shapes.values():
-        if use_triton(layer.gate_up):
-            for tokens in token_counts(layer.top_k, len(layer.down), most_tokens):
-                layer(layer.down.new_zeros(tokens, layer.down.shape[1]).normal_())
+        router = layer.gate.weight
+        if use_triton(router):
+            for tokens in token_counts(layer.top_k, len(router), most_tokens):
+                layer(router.new_zeros(tokens, router.shape[1]).normal_())
 
 
 def experts_loop(
@@ -170,16 +181,15 @@ def experts_grouped(
     return _weighted(back, weights)
 
 
-def experts_gathered(
+def experts_dense(
     x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
-    """`run_experts` with a copy of each token's experts, in two batched products."""
-    top_k = experts.shape[1]
-    chosen = experts.flatten()
-    rows = x.repeat_interleave(top_k, 0).unsqueeze(-1)
-    inner = silu_mul(torch.bmm(gate_up[chosen], rows).squeeze(-1))
-    own = torch.bmm(down[chosen], inner.unsqueeze(-1)).squeeze(-1)
-    return _weighted(own, weights)
+    """`run_experts` with every expert for every token; those not chosen have weight 0."""
+    tokens, (count, double, _) = x.shape[0], gate_up.shape
+    inner = silu_mul(linear(x, gate_up.flatten(0, 1)).view(tokens, count, double))
+    shares = x.new_zeros(tokens, count).scatter_(1, experts, weights.to(x.dtype))
+    inner.mul_(shares.unsqueeze(-1))
+    return torch.bmm(inner.transpose(0, 1), down.transpose(1, 2)).sum(0)
 
 
 def _weighted(own: Tensor, weights: Tensor) -> Tensor:

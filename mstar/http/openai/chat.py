@@ -11,18 +11,18 @@ from mstar.errors import InvalidRequest
 from mstar.http.body import read_json
 from mstar.http.front import Front, off_loop
 from mstar.http.messages import with_media
+from mstar.http.openai.chat_fields import FIELDS
 from mstar.http.openai.chat_reply import completion
-from mstar.http.openai.chat_request import MOST_CHOICES, ChatAsk, chat_ask
-from mstar.http.openai.chat_store import Transcripts
+from mstar.http.openai.chat_request import ChatAsk, chat_ask
 from mstar.http.openai.chat_stream import completion_chunks
-from mstar.http.openai.chat_surface import ChatSurface
+from mstar.http.openai.common import schema_of
+from mstar.http.openai.kept import Kept
 from mstar.http.record import record_of
 from mstar.http.stream import streamed
 
 __all__ = ["chat_routes"]
 
 _STRING, _OBJECT = {"type": "string"}, {"type": "object"}
-_BOOL, _INT, _NUMBER = {"type": "boolean"}, {"type": "integer"}, {"type": "number"}
 _SCHEMA = {
     "type": "object",
     "required": ["model", "messages"],
@@ -40,34 +40,27 @@ _SCHEMA = {
                 },
             },
         },
-        "stream": _BOOL,
         "stream_options": _OBJECT,
-        "n": {**_INT, "minimum": 1, "maximum": MOST_CHOICES},
-        "temperature": {**_NUMBER, "minimum": 0, "maximum": 2},
-        "top_p": {**_NUMBER, "minimum": 0, "maximum": 1},
-        "seed": _INT,
-        "stop": {"anyOf": [_STRING, {"type": "array", "items": _STRING, "maxItems": 4}]},
-        "max_completion_tokens": {**_INT, "minimum": 1},
-        "logprobs": _BOOL,
-        "top_logprobs": {**_INT, "minimum": 0, "maximum": 20},
         "modalities": {"type": "array", "items": _STRING},
         "audio": _OBJECT,
+        **schema_of(FIELDS),
+        "stop": {"anyOf": [_STRING, {"type": "array", "items": _STRING, "maxItems": 4}]},
     },
 }
 _CONTENT = {"application/json": {"schema": _SCHEMA}}
 
 
-def chat_routes(front: Front, surface: ChatSurface) -> APIRouter:
+def chat_routes(front: Front, replies: tuple[str, ...]) -> APIRouter:
     """The chat route of a model that converses."""
     router = APIRouter()
-    transcripts = Transcripts()
+    transcripts: Kept[str] = Kept(4096, 16 * 2**20)
 
     @router.post("/v1/chat/completions", openapi_extra={"requestBody": {"content": _CONTENT}})
     async def chat(request: Request) -> Response:
         """Go on with the conversation in `messages`."""
         front.check_open()
         fields = await read_json(front, request)
-        ask = await _ask(front, surface, request, fields, transcripts)
+        ask = await _ask(front, replies, request, fields, transcripts)
         modalities = ",".join(ask.modalities)
         record_of(request.scope).note(streaming=ask.stream, n=len(ask.arguments), made=modalities)
         try:
@@ -83,13 +76,13 @@ def chat_routes(front: Front, surface: ChatSurface) -> APIRouter:
 
 async def _ask(
     front: Front,
-    surface: ChatSurface,
+    replies: tuple[str, ...],
     request: Request,
     fields: dict[str, Any],
-    transcripts: Transcripts,
+    transcripts: Kept[str],
 ) -> ChatAsk:
     header = request.headers.get("x-request-timeout")
-    args = (front, surface, fields, header, transcripts.get)
+    args = (front, replies, fields, header, transcripts.get)
     ask = await off_loop(chat_ask, *args, size=record_of(request.scope).held)
     messages = await with_media(front, ask.arguments[0]["messages"])
     for arguments in ask.arguments:

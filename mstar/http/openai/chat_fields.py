@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mstar.errors import InvalidRequest
-from mstar.http.openai.chat_surface import ChatSurface
 from mstar.http.openai.common import unsupported
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter
 
-__all__ = ["PARAMETER_FIELDS", "parameter_values"]
+__all__ = ["FIELDS", "PARAMETER_FIELDS", "SHAPE", "parameter_of", "parameter_values"]
 
 _MOST_STOPS = 4
 _MOST_IDS = 1024
@@ -71,14 +70,30 @@ _FIELDS = (
     Parameter("ignore_eos", bool, False),
     Parameter("chat_template_kwargs", _object, {}),
 )
+_LIMITS = ("max_completion_tokens", "max_tokens")
 _THINKING = "enable_thinking"  # the one thing of chat templates that models have a parameter for
 _ALTERNATIVES = Parameter("top_logprobs", int, 0, low=0, high=_MOST_ALTERNATIVES)
 _LOGPROBS = Parameter("logprobs", bool, False)
-PARAMETER_FIELDS = (*(p.name for p in _FIELDS), "logprobs", "top_logprobs")
+_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
+# What shapes the answer.
+SHAPE = (
+    Parameter("n", int, 1, low=1, high=16),
+    Parameter("stream", bool, False),
+    Parameter("service_tier", str, "auto", choices=_TIERS),
+    Parameter("parallel_tool_calls", bool, True),
+)
+FIELDS = (*_FIELDS, _LOGPROBS, _ALTERNATIVES, *SHAPE)
+PARAMETER_FIELDS = tuple(p.name for p in (*_FIELDS, _LOGPROBS, _ALTERNATIVES))
+
+
+def parameter_of(card: ModelCard, field: str) -> str | None:
+    """The parameter that a field of OpenAI sets; `None` if the model has none."""
+    own = "max_output_tokens" if field in _LIMITS else field
+    return card.parameters[own].name if own in card.parameters else None
 
 
 def parameter_values(
-    card: ModelCard, surface: ChatSurface, fields: Mapping[str, Any]
+    card: ModelCard, fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The parameters that the fields set, and which field sets each.
 
@@ -90,7 +105,7 @@ def parameter_values(
     field_of: dict[str, str] = {}
 
     def put(name: str, value: Any, neutral: Any) -> None:
-        own = surface.parameter(card, name)
+        own = parameter_of(card, name)
         if own is None:
             if value != neutral:
                 raise unsupported(name, fields[name], f"{card.name} has nothing of the kind")
@@ -105,7 +120,7 @@ def parameter_values(
             if field.name == "top_k" and value == -1:  # what other servers say for all
                 value = 0
             if field.name == "chat_template_kwargs" and _THINKING in value:
-                own = surface.parameter(card, _THINKING)
+                own = parameter_of(card, _THINKING)
                 if own is not None:
                     values[own], field_of[own] = value[_THINKING], f"{field.name}.{_THINKING}"
                     value = {name: value[name] for name in value if name != _THINKING}

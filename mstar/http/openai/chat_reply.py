@@ -13,8 +13,15 @@ from starlette.responses import Response
 from mstar.http.encoders import encode_whole
 from mstar.http.front import Front, off_loop
 from mstar.http.openai.chat_request import ChatAsk
-from mstar.http.openai.chat_shapes import Envelope, ended, image_part, logprobs_of, usage_of
-from mstar.http.openai.chat_store import Transcripts
+from mstar.http.openai.chat_shapes import (
+    Envelope,
+    ended,
+    image_part,
+    logprobs_of,
+    new_audio_id,
+    usage_of,
+)
+from mstar.http.openai.kept import Kept
 from mstar.http.running import merged, running_all
 from mstar.http.wire import size_of
 from mstar.types import AudioChunk, Event, ImageChunk, TextChunk, Usage
@@ -23,7 +30,7 @@ __all__ = ["completion"]
 
 
 async def completion(
-    front: Front, request: Request, ask: ChatAsk, transcripts: Transcripts
+    front: Front, request: Request, ask: ChatAsk, transcripts: Kept[str]
 ) -> Response:
     """Run the request and answer with all of it."""
     choices: list[list[Event]] = [[] for _ in ask.arguments]
@@ -37,15 +44,16 @@ async def completion(
 
 
 def _written(
-    envelope: Envelope, ask: ChatAsk, choices: list[list[Event]], transcripts: Transcripts
+    envelope: Envelope, ask: ChatAsk, choices: list[list[Event]], transcripts: Kept[str]
 ) -> bytes:
     made = [_choice(index, ask, events, transcripts) for index, events in enumerate(choices)]
     usages = [events[-1].usage or Usage() for events in choices]
-    return json.dumps(envelope.full(made, usage_of(usages, ask.modalities))).encode()
+    usage = usage_of(usages, ask.modalities, heard=ask.heard)
+    return json.dumps(envelope.full(made, usage)).encode()
 
 
 def _choice(
-    index: int, ask: ChatAsk, events: list[Event], transcripts: Transcripts
+    index: int, ask: ChatAsk, events: list[Event], transcripts: Kept[str]
 ) -> dict[str, Any]:
     return {
         "index": index,
@@ -55,7 +63,7 @@ def _choice(
     }
 
 
-def _message(ask: ChatAsk, events: list[Event], transcripts: Transcripts) -> dict[str, Any]:
+def _message(ask: ChatAsk, events: list[Event], transcripts: Kept[str]) -> dict[str, Any]:
     """Sound takes the place of the text, which is its transcript; images make a list of parts."""
     text = "".join(event.text for event in events if isinstance(event, TextChunk))
     message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
@@ -69,11 +77,11 @@ def _message(ask: ChatAsk, events: list[Event], transcripts: Transcripts) -> dic
 
 
 def _audio(
-    format: str, sound: list[AudioChunk], text: str, transcripts: Transcripts
+    format: str, sound: list[AudioChunk], text: str, transcripts: Kept[str]
 ) -> dict[str, Any]:
     pcm = np.concatenate([event.pcm for event in sound])
     data = encode_whole(format, pcm, sound[0].sample_rate)
-    id = transcripts.new_id()
+    id = new_audio_id()
     return {
         "id": id,
         "data": base64.b64encode(data).decode(),

@@ -10,18 +10,14 @@ from mstar.errors import InvalidRequest
 from mstar.http.encoders import FORMATS, check_encoder
 from mstar.http.fields import deadline
 from mstar.http.front import Front
-from mstar.http.messages import read_messages
-from mstar.http.openai.chat_fields import PARAMETER_FIELDS, parameter_values
-from mstar.http.openai.chat_surface import ChatSurface
+from mstar.http.messages import kinds_in, read_messages
+from mstar.http.openai.chat_fields import PARAMETER_FIELDS, SHAPE, parameter_of, parameter_values
 from mstar.http.openai.common import flat, model_parameters, renamed, unsupported, voice_of
 from mstar.http.openai.models import check_model
 from mstar.models.card import ModelCard
-from mstar.models.parameters import Parameter
 
-__all__ = ["MOST_CHOICES", "ChatAsk", "chat_ask"]
+__all__ = ["ChatAsk", "chat_ask"]
 
-MOST_CHOICES = 16
-_TIERS = ("auto", "default", "flex", "scale", "priority", "fast")
 _SHAPING = (
     *("model", "messages", "modalities", "audio", "n", "stream", "stream_options"),
     *("response_format", "service_tier", "timeout"),
@@ -30,7 +26,6 @@ _SHAPING = (
 # Arguments of the engine that come from the messages.
 _FIELD_OF = dict.fromkeys(("text", "images", "audio", "video"), "messages")
 _AUDIO_FORMATS = {"pcm16": "pcm", **{name: name for name in FORMATS if name != "pcm"}}
-_CHOICES = Parameter("n", int, 1, low=1, high=MOST_CHOICES)
 _OPTIONS = ("include_usage", "include_obfuscation", "continuous_usage_stats")
 
 
@@ -43,6 +38,7 @@ class ChatAsk:
         arguments: of `Engine.submit`, once per choice; the same but for the seed.
         field_of: parameter of the model -> field of the request that sets it.
         modalities: what the reply may hold.
+        heard: whether there is sound in the prompt.
         audio_format: one of `encoders.FORMATS`, where it holds sound.
         logprobs: whether the tokens' probabilities are asked for.
         stream: whether the answer is a stream.
@@ -54,6 +50,7 @@ class ChatAsk:
     arguments: list[dict[str, Any]]
     field_of: dict[str, str]
     modalities: tuple[str, ...] = ("text",)
+    heard: bool = False
     audio_format: str | None = None
     logprobs: bool = False
     stream: bool = False
@@ -67,7 +64,7 @@ class ChatAsk:
 
 def chat_ask(
     front: Front,
-    surface: ChatSurface,
+    replies: tuple[str, ...],
     fields: dict[str, Any],
     header: str | None,
     spoken: Callable[[str], str | None],
@@ -75,8 +72,7 @@ def chat_ask(
     """Read a request. Media in its messages are still to be brought: see `http.messages`.
 
     Args:
-        front: see there.
-        surface: of the model.
+        replies: the modalities that a reply may hold.
         fields: the JSON object.
         header: the deadline in a header.
         spoken: what was said in an earlier reply of sound, by its id.
@@ -89,15 +85,13 @@ def chat_ask(
     model = check_model(front, fields.get("model"))
     _check_tools(card, fields)
     _check_format(card, fields)
-    if fields.get("service_tier", "auto") not in _TIERS:
-        allowed = f"must be one of {', '.join(_TIERS)}"
-        raise InvalidRequest("service_tier", fields["service_tier"], allowed)
-    values, field_of = parameter_values(card, surface, fields)
-    stream = _bool("stream", fields.get("stream", False))
-    modalities = _modalities(card, surface, fields.get("modalities"))
+    shape = {one.name: one.check(fields.get(one.name, one.default)) for one in SHAPE}
+    values, field_of = parameter_values(card, fields)
+    stream = shape["stream"]
+    modalities = _modalities(card, replies, fields.get("modalities"))
     rate = front.engine.model.sample_rate
     format, voice = _audio(fields.get("audio"), modalities, stream, rate)
-    own = surface.parameter(card, "voice")
+    own = parameter_of(card, "voice")
     if voice is not None and own is not None:
         values[own], field_of[own] = voice, "audio.voice"
     extras = _extras(card, fields, field_of)
@@ -115,14 +109,14 @@ def chat_ask(
         "stream": stream,
         "timeout": deadline(front.settings, header, fields.get("timeout")),
     }
-    count = _CHOICES.check(fields.get("n", 1))
-    seed = surface.parameter(card, "seed")
+    seed = parameter_of(card, "seed")
     options = _stream_options(fields.get("stream_options"), stream)
     return ChatAsk(
         model=model,
-        arguments=[_seeded(arguments, seed, index) for index in range(count)],
+        arguments=[_seeded(arguments, seed, index) for index in range(shape["n"])],
         field_of=field_of,
         modalities=modalities,
+        heard=bool({"audio", "video"} & kinds_in(messages)),
         audio_format=format,
         logprobs=fields.get("logprobs", False),
         stream=stream,
@@ -157,7 +151,6 @@ def _check_tools(card: ModelCard, fields: Mapping[str, Any]) -> None:
     for name in ("tool_choice", "function_call"):
         if fields.get(name, "none") not in ("none", "auto"):
             raise unsupported(name, fields[name], allowed)
-    _bool("parallel_tool_calls", fields.get("parallel_tool_calls", True))
 
 
 def _check_format(card: ModelCard, fields: Mapping[str, Any]) -> None:
@@ -169,18 +162,18 @@ def _check_format(card: ModelCard, fields: Mapping[str, Any]) -> None:
         raise InvalidRequest("response_format", value, 'must be {"type": "text"}')
 
 
-def _modalities(card: ModelCard, surface: ChatSurface, value: Any) -> tuple[str, ...]:
+def _modalities(card: ModelCard, replies: tuple[str, ...], value: Any) -> tuple[str, ...]:
     if value is None:
         return ("text",)
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise InvalidRequest("modalities", value, "must be a list of strings")
-    made = ", ".join(surface.modalities)
+    made = ", ".join(replies)
     for item in value:
-        if item not in surface.modalities:
+        if item not in replies:
             raise unsupported("modalities", item, f"replies of {card.name} hold {made} only")
     if "text" not in value:
         raise InvalidRequest("modalities", value, 'must hold "text"')
-    return tuple(name for name in surface.modalities if name in value)
+    return tuple(name for name in replies if name in value)
 
 
 def _audio(
@@ -213,11 +206,6 @@ def _stream_options(value: Any, stream: bool) -> dict[str, bool]:
     if not stream:
         raise InvalidRequest("stream_options", value, "needs stream=true")
     for name in _OPTIONS:
-        _bool(f"stream_options.{name}", value.get(name) or False)
+        if not isinstance(value.get(name) or False, bool):
+            raise InvalidRequest(f"stream_options.{name}", value[name], "must be true or false")
     return {name: bool(value.get(name)) for name in _OPTIONS}
-
-
-def _bool(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidRequest(name, value, "must be true or false")
-    return value

@@ -12,7 +12,7 @@ from typing import Any
 import mstar
 from mstar.types import Event, TextChunk, Usage
 
-__all__ = ["Envelope", "ended", "image_part", "logprobs_of", "usage_of"]
+__all__ = ["Envelope", "ended", "image_part", "logprobs_of", "new_audio_id", "usage_of"]
 
 _UNLIKELY = -9999.0  # what stands for any lower logarithm
 _TIER = "default"
@@ -53,6 +53,11 @@ class Envelope:
         }
 
 
+def new_audio_id() -> str:
+    """An id of sound that nobody can guess."""
+    return f"audio_{uuid.uuid4().hex}"
+
+
 def ended(reason: str | None) -> str:
     """The engine's reason for the end, in OpenAI's words."""
     return "length" if reason == "length" else "stop"
@@ -63,28 +68,38 @@ def image_part(png: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
 
 
-def usage_of(usages: Sequence[Usage], modalities: Sequence[str]) -> dict[str, Any]:
+def usage_of(
+    usages: Sequence[Usage], modalities: Sequence[str], *, heard: bool = False
+) -> dict[str, Any]:
     """The usage of all choices together. They share one prompt, which counts once.
 
-    What is known of the details is told, what is not is left out.
+    What is known of the details is told, what is not is left out: some models do not count the
+    tokens of sound.
+
+    Args:
+        usages: of the choices.
+        modalities: what they may hold.
+        heard: whether there is sound in the prompt.
     """
-    prompt, cached = usages[0].prompt_tokens, usages[0].cached_tokens
+    first = usages[0]
     made = sum(usage.generated_tokens for usage in usages)
+    spoken = sum(usage.speech_tokens for usage in usages)
+    read = {"cached_tokens": first.cached_tokens, "image_tokens": first.image_tokens}
+    if first.audio_tokens or not heard:
+        read["audio_tokens"] = first.audio_tokens
+        read["text_tokens"] = first.prompt_tokens - first.image_tokens - first.audio_tokens
     details = {
         "reasoning_tokens": 0,
         "accepted_prediction_tokens": 0,
         "rejected_prediction_tokens": 0,
     }
-    if tuple(modalities) == ("text",):
-        details |= {"text_tokens": made, "audio_tokens": 0}
+    if spoken or tuple(modalities) == ("text",):
+        details |= {"text_tokens": made - spoken, "audio_tokens": spoken}
     return {
-        "prompt_tokens": prompt,
+        "prompt_tokens": first.prompt_tokens,
         "completion_tokens": made,
-        "total_tokens": prompt + made,
-        "prompt_tokens_details": {
-            "cached_tokens": cached,
-            "image_tokens": usages[0].image_tokens,
-        },
+        "total_tokens": first.prompt_tokens + made,
+        "prompt_tokens_details": read,
         "completion_tokens_details": details,
     }
 

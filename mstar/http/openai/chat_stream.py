@@ -13,9 +13,16 @@ from fastapi import Request
 from mstar.http.encoders import Encoder, open_encoder
 from mstar.http.front import Front, off_loop
 from mstar.http.openai.chat_request import ChatAsk
-from mstar.http.openai.chat_shapes import Envelope, ended, image_part, logprobs_of, usage_of
-from mstar.http.openai.chat_store import Transcripts
+from mstar.http.openai.chat_shapes import (
+    Envelope,
+    ended,
+    image_part,
+    logprobs_of,
+    new_audio_id,
+    usage_of,
+)
 from mstar.http.openai.common import data_event, error_event
+from mstar.http.openai.kept import Kept
 from mstar.http.running import Running, merged, running_all
 from mstar.http.wire import size_of
 from mstar.types import AudioChunk, Event, ImageChunk, TextChunk
@@ -24,7 +31,7 @@ __all__ = ["completion_chunks"]
 
 
 async def completion_chunks(
-    front: Front, request: Request, ask: ChatAsk, transcripts: Transcripts
+    front: Front, request: Request, ask: ChatAsk, transcripts: Kept[str]
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events. Whatever goes wrong after the first of them is said in the last one."""
     begun = False
@@ -62,7 +69,8 @@ class _Usage:
 
     def total(self) -> dict[str, Any]:
         """As they are now."""
-        return usage_of([run.handle.usage for run in self._runs], self._ask.modalities)
+        usages = [run.handle.usage for run in self._runs]
+        return usage_of(usages, self._ask.modalities, heard=self._ask.heard)
 
     def so_far(self) -> dict[str, Any]:
         """The part of a chunk that tells them."""
@@ -74,7 +82,7 @@ class _Usage:
 class _Choice:
     """One choice: its events become the entries of `choices` in chunks."""
 
-    def __init__(self, index: int, ask: ChatAsk, transcripts: Transcripts) -> None:
+    def __init__(self, index: int, ask: ChatAsk, transcripts: Kept[str]) -> None:
         self._index, self._ask, self._transcripts = index, ask, transcripts
         self._begun = False
         self._encoder: Encoder | None = None
@@ -143,7 +151,7 @@ class _Choice:
 
     def _audio(self, **piece: str) -> dict[str, Any]:
         if self._audio_id is None:
-            self._audio_id = self._transcripts.new_id()
+            self._audio_id = new_audio_id()
             piece["id"] = self._audio_id
         return {"audio": piece}
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mstar.errors import InvalidRequest
 from mstar.http.errors import Refused, openai_error, saying, told
 from mstar.models.card import ModelCard
+from mstar.models.parameters import Parameter
 
 __all__ = [
-    *("data_event", "error_event", "flat", "model_parameters", "renamed", "unsupported"),
-    *("voice_of",),
+    *("data_event", "error_event", "flat", "model_parameters", "renamed", "schema_of"),
+    *("unsupported", "voice_of"),
 ]
 
 log = logging.getLogger("mstar.http")
@@ -23,6 +24,9 @@ _IGNORED = (
     *("prompt_cache_options", "prompt_cache_retention", "verbosity", "reasoning_effort"),
     *("prediction", "moderation", "web_search_options"),
 )
+
+
+_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 
 
 def flat(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,6 +80,22 @@ def renamed(error: Exception, field_of: Mapping[str, str]) -> Exception:
     if isinstance(error, InvalidRequest) and error.field in field_of:
         return type(error)(field_of[error.field], error.value, error.allowed)
     return error
+
+
+def schema_of(parameters: Iterable[Parameter]) -> dict[str, Any]:
+    """The properties of a JSON schema."""
+    schemas: dict[str, Any] = {}
+    for one in parameters:
+        told = {
+            "type": _TYPES.get(one.kind),
+            "enum": one.choices,
+            "exclusiveMinimum" if one.low_open else "minimum": one.low,
+            "maximum": one.high,
+            "default": one.default,
+            "description": one.help,
+        }
+        schemas[one.name] = {k: value for k, value in told.items() if value not in (None, "", ())}
+    return schemas
 
 
 def data_event(data: Mapping[str, Any], name: str = "") -> bytes:

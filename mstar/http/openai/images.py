@@ -4,43 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import secrets
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from python_multipart.multipart import parse_options_header
 from starlette.responses import Response
 
 from mstar.errors import InvalidRequest, RequestFailed
-from mstar.http.body import read_form, read_json
+from mstar.http.body import read_json
 from mstar.http.errors import Refused
 from mstar.http.front import Front, off_loop
 from mstar.http.middleware import IMAGE_FILES
-from mstar.http.openai.common import error_event, flat
-from mstar.http.openai.image_store import ImageStore
+from mstar.http.openai.common import error_event
 from mstar.http.openai.images_ask import ImagesAsk, ask_of
-from mstar.http.openai.images_form import read_edit_form
-from mstar.http.openai.images_schema import EDIT, GENERATION
+from mstar.http.openai.images_edit import read_edit
+from mstar.http.openai.images_fields import EDIT, GENERATION
 from mstar.http.openai.images_surface import ImagesSurface
-from mstar.http.openai.images_uploads import from_json, uploads_of
 from mstar.http.openai.images_wire import Drawn, Previews, completed, drawn, partial, reply
+from mstar.http.openai.kept import Kept
 from mstar.http.record import record_of
 from mstar.http.running import merged, running, running_all
 from mstar.http.stream import streamed
 from mstar.io.image import FORMATS
-from mstar.types import ImageChunk, ProgressChunk, TextChunk, Usage
+from mstar.types import Event, GenerateResult, ProgressChunk, Usage, fold
 
 __all__ = ["images_routes"]
 
 _SAID = 300  # characters shown of what a model says instead of drawing
 
 
-def images_routes(
-    front: Front, surface: ImagesSurface, store: ImageStore | None = None
-) -> APIRouter:
+def images_routes(front: Front, surface: ImagesSurface) -> APIRouter:
     """The images routes of a model that draws, and the files that their URLs lead to."""
     router = APIRouter()
-    store = ImageStore() if store is None else store
+    store: Kept[bytes] = Kept(1000, 256 * 2**20)
 
     async def ask(request: Request, fields: dict[str, Any], uploads: Any = None) -> ImagesAsk:
         header, size = request.headers.get("x-request-timeout"), record_of(request.scope).held
@@ -59,9 +56,7 @@ def images_routes(
         async def edits(request: Request) -> Response:
             """Draw what `prompt` tells, beginning with the images that are sent along."""
             front.check_open()
-            fields, images, masks = await _read_edit(front, request)
-            uploads = await uploads_of(front, surface, images, masks)
-            asked = await ask(request, fields, uploads)
+            asked = await ask(request, *await read_edit(front, surface, request))
             return await _answer(front, request, asked, "image_edit", store)
 
     @router.api_route(IMAGE_FILES + "{name}", methods=["GET", "HEAD"], include_in_schema=False)
@@ -77,28 +72,8 @@ def images_routes(
     return router
 
 
-async def _read_edit(
-    front: Front, request: Request
-) -> tuple[dict[str, Any], list[bytes], list[bytes]]:
-    """Fields, images and masks, from a form or from JSON."""
-    kind, _ = parse_options_header(request.headers.get("content-type", ""))
-    if kind == b"application/json":
-        fields = flat(await read_json(front, request))
-        return fields, *await from_json(front, fields)
-    if kind not in (b"multipart/form-data", b"application/x-www-form-urlencoded"):
-        given = kind.decode("latin-1") or "none"
-        message = f"content-type: must be multipart/form-data or application/json, not {given}"
-        raise Refused(400, message)
-    parts = await read_form(front, request)
-    size = sum(len(part.data) for part in parts)
-    form = await off_loop(read_edit_form, front.card, parts, size=size)
-    fields = flat(form.fields)
-    images, masks = await from_json(front, fields)  # of `extra_body`
-    return fields, form.images + images, form.masks + masks
-
-
 async def _answer(
-    front: Front, request: Request, ask: ImagesAsk, kind: str, store: ImageStore
+    front: Front, request: Request, ask: ImagesAsk, kind: str, store: Kept[bytes]
 ) -> Response:
     record_of(request.scope).note(images=len(ask.requests), format=ask.format, sse=ask.stream)
     try:
@@ -109,16 +84,16 @@ async def _answer(
         raise ask.params.in_words(error) from None
 
 
-async def _whole(front: Front, request: Request, ask: ImagesAsk, store: ImageStore) -> Response:
-    outcomes = [_Outcome() for _ in ask.requests]
+async def _whole(front: Front, request: Request, ask: ImagesAsk, store: Kept[bytes]) -> Response:
+    made: list[list[Event]] = [[] for _ in ask.requests]
     async with running_all(front, request, ask.requests) as runs:
         async for index, events in merged(runs):
-            for event in events:
-                outcomes[index].push(event)
-    images = [await off_loop(drawn, outcome.png(), ask, always=True) for outcome in outcomes]
+            made[index] += events
+    results = [fold(events) for events in made]
+    images = [await off_loop(drawn, _png(result), ask, always=True) for result in results]
     if ask.url:
         images = [_kept(store, request, image, ask.format) for image in images]
-    usages = [outcome.usage for outcome in outcomes]
+    usages = [result.usage or Usage() for result in results]
     body = await off_loop(reply, images, usages, ask, always=True)
     return Response(body, media_type="application/json")
 
@@ -126,19 +101,22 @@ async def _whole(front: Front, request: Request, ask: ImagesAsk, store: ImageSto
 async def _events(
     front: Front, request: Request, ask: ImagesAsk, kind: str
 ) -> AsyncGenerator[bytes, None]:
-    outcome, previews, begun = _Outcome(), Previews(ask), False
+    made: list[Event] = []
+    previews, begun = Previews(ask), False
     try:
         async with running(front, request, ask.requests[0]) as run:
             async for event in run.events():
-                outcome.push(event)
-                shown = isinstance(event, ProgressChunk) and event.preview
-                if shown and event.step < event.steps and previews.wants(event.steps):
+                if not isinstance(event, ProgressChunk):
+                    made.append(event)
+                elif event.preview and event.step < event.steps and previews.wants(event.steps):
                     image = await off_loop(drawn, event.preview, ask, always=True)
                     begun = True
                     yield await off_loop(partial, kind, image, previews.sent, ask, always=True)
                     previews.sent += 1
-        image = await off_loop(drawn, outcome.png(), ask, always=True)
-        last = await off_loop(completed, kind, image, outcome.usage, ask, always=True)
+        result = fold(made)
+        image = await off_loop(drawn, _png(result), ask, always=True)
+        usage = result.usage or Usage()
+        last = await off_loop(completed, kind, image, usage, ask, always=True)
         begun = True
         yield last
     except Exception as error:
@@ -148,39 +126,22 @@ async def _events(
         yield error_event(told, request.scope)
 
 
-class _Outcome:
-    """What one request of the engine has made so far."""
+def _png(result: GenerateResult) -> bytes:
+    """The last image that there is.
 
-    def __init__(self) -> None:
-        self.usage = Usage()
-        self._png: bytes | None = None
-        self._said = ""
-        self._reason: str | None = None
-
-    def push(self, event: Any) -> None:
-        """Take one event; of several images the last one counts."""
-        if isinstance(event, ImageChunk):
-            self._png = event.data or self._png
-        elif isinstance(event, TextChunk) and len(self._said) < _SAID:
-            self._said += event.text
-        self.usage = event.usage or self.usage
-        self._reason = event.finish_reason or self._reason
-
-    def png(self) -> bytes:
-        """The image.
-
-        Raises:
-            RequestFailed: there is none; says what the model said instead.
-        """
-        if self._png is None:
-            said = f"; it said: {self._said[:_SAID]}" if self._said else ""
-            raise RequestFailed(f"the model made no image (finish_reason={self._reason}){said}")
-        return self._png
+    Raises:
+        RequestFailed: there is none; says what the model said instead.
+    """
+    if not any(result.images):
+        said = f"; it said: {result.text[:_SAID]}" if result.text else ""
+        raise RequestFailed(f"the model made no image (finish_reason={result.finish_reason}){said}")
+    return [png for png in result.images if png][-1]
 
 
-def _kept(store: ImageStore, request: Request, image: Drawn, format: str) -> Drawn:
+def _kept(store: Kept[bytes], request: Request, image: Drawn, format: str) -> Drawn:
     """Keep the file; the URL is that of the host to which the request was sent."""
-    name = store.add(image.data, format)
+    name = f"{secrets.token_urlsafe(24)}.{format}"
+    store.put(name, image.data)
     asyncio.get_running_loop().call_later(store.seconds + 1, store.sweep)
     base = f"{request.url.scheme}://{request.url.netloc}{request.scope.get('root_path', '')}"
     return dataclasses.replace(image, data=b"", url=f"{base}{IMAGE_FILES}{name}")

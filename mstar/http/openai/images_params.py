@@ -69,9 +69,8 @@ def params_of(
     """Parameters for checked fields.
 
     Args:
-        card, surface: of the model.
         fields: OpenAI's, as far as they are given.
-        extras: parameters that the client gave by their own names; they win over a quality's.
+        extras: parameters that the client gave by their own names.
         uploads: of an edit.
 
     Raises:
@@ -79,20 +78,13 @@ def params_of(
     """
     _check_reserved(card, surface, extras)
     given = {card.parameters[name].name for name in extras}
-    quality = surface.qualities.get(fields.get("quality", "auto"), {})
-    params = Params({name: value for name, value in quality.items() if name not in given})
+    params = Params()
     params.words["text"] = ("prompt", f"{len(fields['prompt'])} characters")
     params.words["images"] = ("image", None)
     for name, pixels in _edges(card, surface, fields, given, uploads).items():
         params.put(name, pixels, "size", fields.get("size"))
     if uploads is not None and uploads.mask is not None:
         params.put(surface.mask, uploads.mask, "mask", f"{len(uploads.mask)} bytes")
-    if "input_fidelity" in fields:
-        fidelity = fields["input_fidelity"]
-        if surface.fidelity is not None:
-            params.put(surface.fidelity, fidelity, "input_fidelity", fidelity)
-        elif fidelity != "low":
-            raise unsupported("input_fidelity", fidelity, f"{card.name} has low only")
     params.values |= extras
     params.words |= {
         card.parameters[name].name: (name, value)

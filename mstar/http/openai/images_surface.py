@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter
@@ -25,13 +23,9 @@ class ImagesSurface:
         fewer_steps: how many fewer are walked than `steps` says.
         previews: a preview is made every so many steps.
         mask: a PNG whose transparent pixels are to be changed.
-        fidelity: takes OpenAI's `input_fidelity`.
         size: width and height of `auto`; `None` leaves it to the model.
-        grid: sizes that `auto` finds are multiples of it.
         edits: whether images can be given.
         keeps_size: whether `auto` is the size of the first image in an edit, brought into range.
-        qualities: quality -> parameters that it stands for. Qualities that are not in it are
-            accepted and echoed, and change nothing.
     """
 
     width: str | None = "width"
@@ -41,12 +35,9 @@ class ImagesSurface:
     fewer_steps: int = 0
     previews: str | None = "preview_every"
     mask: str | None = "mask"
-    fidelity: str | None = "input_fidelity"
     size: tuple[int, int] | None = None
-    grid: int = 1
     edits: bool = True
     keeps_size: bool = True
-    qualities: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def images_of(card: ModelCard) -> ImagesSurface | None:
@@ -69,7 +60,6 @@ def images_of(card: ModelCard) -> ImagesSurface | None:
         steps=there("num_timesteps", "num_inference_steps", "steps"),
         previews=there("preview_every"),
         mask=there("mask"),
-        fidelity=there("input_fidelity"),
         size=size,
         edits="image" in card.inputs,
     )
@@ -84,8 +74,7 @@ def fitted(card: ModelCard, surface: ImagesSurface, width: int, height: int) -> 
     up = max([p.low / edge for p, edge in zip(edges, given, strict=True) if p.low], default=1)
     scale = min(max(1.0, up), down)
     return tuple(
-        _inside(parameter, int(edge * scale) // surface.grid * surface.grid)
-        for parameter, edge in zip(edges, given, strict=True)
+        _inside(parameter, int(edge * scale)) for parameter, edge in zip(edges, given, strict=True)
     )
 
 

@@ -25,6 +25,7 @@ from mstar.http.openai.common import (
     flat,
     model_parameters,
     renamed,
+    schema_of,
     unsupported,
     voice_of,
 )
@@ -34,6 +35,7 @@ from mstar.http.record import record_of
 from mstar.http.running import running
 from mstar.http.stream import streamed
 from mstar.http.tempo import FASTEST, SLOWEST, Paced, check_speed
+from mstar.models.parameters import Parameter
 from mstar.types import AudioChunk, Usage
 
 __all__ = ["speech_routes"]
@@ -43,6 +45,8 @@ _KNOWN = (
     "timeout",
 )
 _LIMIT = "max_output_tokens"  # the parameter that ends an answer with finish_reason=length
+_FORMAT = Parameter("response_format", str, "mp3", choices=tuple(FORMATS))
+_STREAM = Parameter("stream_format", str, "audio", choices=("audio", "sse"))
 _STRING = {"type": "string"}
 _SCHEMA = {
     "type": "object",
@@ -51,8 +55,7 @@ _SCHEMA = {
         "model": _STRING,
         "input": _STRING,
         "voice": {"anyOf": [_STRING, {"type": "object", "properties": {"id": _STRING}}]},
-        "response_format": {**_STRING, "enum": list(FORMATS), "default": "mp3"},
-        "stream_format": {**_STRING, "enum": ["audio", "sse"], "default": "audio"},
+        **schema_of((_FORMAT, _STREAM)),
         "speed": {"type": "number", "default": 1, "minimum": SLOWEST, "maximum": FASTEST},
     },
 }
@@ -100,20 +103,15 @@ def _ask_of(front: Front, adapter: Adapter, fields: dict[str, Any], header: str 
     check_text("input", text, front.settings)
     fields["voice"] = voice_of(fields.get("voice"), "voice")
     _check_unsupported(front, fields)
-    format = fields.get("response_format", "mp3")
-    if not isinstance(format, str) or format not in FORMATS:
-        allowed = f"must be one of {', '.join(FORMATS)}"
-        raise InvalidRequest("response_format", format, allowed)
+    format = _FORMAT.check(fields.get("response_format", "mp3"))
     check_encoder(format, front.engine.model.sample_rate)
     speed = check_speed(fields.get("speed", 1))
-    stream_format = fields.get("stream_format", "audio")
-    if stream_format not in ("audio", "sse"):
-        raise InvalidRequest("stream_format", stream_format, "must be audio or sse")
+    sse = _STREAM.check(fields.get("stream_format", "audio")) == "sse"
     extras = model_parameters(front.card, fields, _KNOWN)
     seconds = deadline(front.settings, header, fields.get("timeout"))
     arguments = {**extras, **adapter(fields), "stream": True, "timeout": seconds}
     field_of = {front.card.parameters[name].name: name for name in extras}
-    return _Ask(arguments, format, stream_format == "sse", speed, {"text": "input", **field_of})
+    return _Ask(arguments, format, sse, speed, {"text": "input", **field_of})
 
 
 def _check_unsupported(front: Front, fields: dict[str, Any]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from fastapi import APIRouter
 
 from mstar.http.errors import Refused
-from mstar.http.openai.chat_surface import ChatSurface, chat_of
 from mstar.http.openai.images_surface import ImagesSurface, images_of
 from mstar.models.card import ModelCard
 
@@ -22,26 +21,18 @@ __all__ = ["Surfaces", "missing_routes", "surfaces_of"]
 # Fields of a request in OpenAI's words -> arguments of `Engine.submit`.
 Adapter = Callable[[dict[str, Any]], dict[str, Any]]
 
+# Surface -> what a model does there, and the routes.
 _ROUTES = {
-    "speech": ("/v1/audio/speech",),
-    "chat": ("/v1/chat/completions",),
-    "completions": ("/v1/completions", "/v1/responses"),
-    "images": ("/v1/images/generations",),
-    "edits": ("/v1/images/edits",),
-    "variations": ("/v1/images/variations",),
-    "embeddings": ("/v1/embeddings",),
-    "transcriptions": ("/v1/audio/transcriptions", "/v1/audio/translations"),
+    "speech": ("make speech", "/v1/audio/speech"),
+    "chat": ("chat over this route", "/v1/chat/completions"),
+    "completions": ("complete text over this route", "/v1/completions", "/v1/responses"),
+    "images": ("make images over this route", "/v1/images/generations"),
+    "edits": ("edit images", "/v1/images/edits"),
+    "variations": ("vary images", "/v1/images/variations"),
+    "embeddings": ("make embeddings", "/v1/embeddings"),
+    "transcriptions": ("transcribe", "/v1/audio/transcriptions", "/v1/audio/translations"),
 }
-_WHAT = {
-    "speech": "make speech",
-    "chat": "chat over this route",
-    "completions": "complete text over this route",
-    "images": "make images over this route",
-    "edits": "edit images",
-    "variations": "vary images",
-    "embeddings": "make embeddings",
-    "transcriptions": "transcribe",
-}
+_REPLIES = ("text", "audio", "image")
 
 
 @dataclass(frozen=True)
@@ -49,7 +40,7 @@ class Surfaces:
     """The adapters of one model; `None` where it lacks the route."""
 
     speech: Adapter | None = None
-    chat: ChatSurface | None = None
+    chat: tuple[str, ...] | None = None  # what a reply may hold; "text" is always among it
     images: ImagesSurface | None = None
 
     @property
@@ -68,10 +59,8 @@ def speech_from_text(fields: dict[str, Any]) -> dict[str, Any]:
 
 _OF_FAMILY: dict[str, Surfaces] = {
     "bagel": Surfaces(
-        chat=ChatSurface(("text",)),
-        images=ImagesSurface(
-            steps="num_timesteps", fewer_steps=1, mask=None, fidelity=None, keeps_size=False
-        ),
+        chat=("text",),
+        images=ImagesSurface(steps="num_timesteps", fewer_steps=1, mask=None, keeps_size=False),
     ),
 }
 
@@ -82,19 +71,21 @@ def surfaces_of(card: ModelCard) -> Surfaces:
         return _OF_FAMILY[card.name]
     speaks = "text" in card.inputs and "audio" in card.outputs
     speech = speech_from_text if speaks else None
-    return Surfaces(speech=speech, chat=chat_of(card), images=images_of(card))
+    chat = tuple(name for name in _REPLIES if name in card.outputs)
+    chats = card.chat and "text" in chat
+    return Surfaces(speech=speech, chat=chat if chats else None, images=images_of(card))
 
 
 def missing_routes(card: ModelCard, surfaces: Surfaces) -> APIRouter:
     """A 404 on every route that the model lacks, naming the ones to use."""
     router = APIRouter(include_in_schema=False)
     has = [name for name in _ROUTES if getattr(surfaces, name, None) is not None]
-    there = [f"POST {_ROUTES[name][0]}" for name in has]
+    there = [f"POST {_ROUTES[name][1]}" for name in has]
     instead = " or ".join([*there, "POST /generate"])
-    for surface, paths in _ROUTES.items():
+    for surface, (what, *paths) in _ROUTES.items():
         if surface in has:
             continue
-        message = f"{card.name} does not {_WHAT[surface]}; use {instead}"
+        message = f"{card.name} does not {what}; use {instead}"
         for path in paths:
             router.add_api_route(path, _refusing(message), methods=["POST"])
     return router

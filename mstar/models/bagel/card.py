@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mstar.errors import InvalidRequest
+from mstar.models.arrays import rows
 from mstar.models.card import ModelCard
-from mstar.models.parameters import Parameter, Parameters, plain
+from mstar.models.parameters import Parameter, Parameters, demand, plain
 from mstar.models.sampling_table import is_list, sampling_table
 
 __all__ = ["CARD", "MOST_TOKENS", "OF_IMAGES", "OF_TEXT", "PARAMETERS", "RENORM_TYPES"]
@@ -29,14 +29,9 @@ def interval(value: Any) -> tuple[float, float]:
 
 def array(value: Any) -> np.ndarray:
     """An array of finite float32 numbers, from an array or nested lists."""
-    try:
-        if hasattr(value, "detach"):
-            value = value.detach().cpu().float()  # numpy has no bfloat16
-        found = np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise ValueError("must be an array of numbers") from None
-    if found.ndim < 2 or not np.isfinite(found).all():
-        raise ValueError("must be an array of finite numbers with at least two dimensions")
+    found = rows(value).astype(np.float32)
+    if found.ndim < 2:
+        raise ValueError("must be an array of numbers with at least two dimensions")
     return found
 
 
@@ -53,12 +48,10 @@ def arrays(value: Any) -> list[np.ndarray]:
 
 def _together(values: dict[str, Any]) -> None:
     least, most = values["min_tokens"], values["max_output_tokens"]
-    if most is not None and least > most:
-        raise InvalidRequest("min_tokens", least, f"must not exceed max_output_tokens={most}")
-    if values["latents"] is not None and values["num_images"] > 1:
-        raise InvalidRequest(
-            "latents", "given", f"go with num_images=1, not {values['num_images']}"
-        )
+    fits = most is None or least <= most
+    demand(fits, "min_tokens", least, f"must not exceed max_output_tokens={most}")
+    count, alone = values["num_images"], values["latents"] is None or values["num_images"] == 1
+    demand(alone, "latents", "given", f"go with num_images=1, not {count}")
 
 
 _TEXT = [
@@ -68,9 +61,8 @@ _TEXT = [
         int,
         low=1,
         high=32768,
-        nullable=True,
         aliases=("max_tokens", "max_new_tokens"),
-        help=f"longest answer; null means {MOST_TOKENS}, or as many as there is room for",
+        help=f"longest answer; null is {MOST_TOKENS}, or what there is room for",
     ),
     Parameter(
         "max_think_tokens",
@@ -79,29 +71,13 @@ _TEXT = [
         low=2,
         high=32768,
         aliases=("max_think_token_n",),
-        help="longest thought before an image, counted with its start token, as published",
-    ),
-]
-
-_THINK = [
-    Parameter(
-        "think",
-        bool,
-        nullable=True,
-        help="think aloud before the answer or the image; by default only where text and an image "
-        "are asked for",
+        help="longest thought before an image, its start token included",
     ),
 ]
 
 _IMAGE = [
-    Parameter(
-        "width",
-        int,
-        low=1,
-        nullable=True,
-        help="of the image in pixels; by default that of the last input image, or 1024",
-    ),
-    Parameter("height", int, low=1, nullable=True, help="of the image in pixels"),
+    Parameter("width", int, low=1, help="pixels; by default as the last input image, or 1024"),
+    Parameter("height", int, low=1, help="of the image in pixels"),
     Parameter("num_images", int, 1, low=1, high=16, help="images from noise that follows on"),
     Parameter(
         "num_timesteps",
@@ -110,7 +86,7 @@ _IMAGE = [
         low=2,
         high=1000,
         aliases=("num_inference_steps",),
-        help="points of the timestep grid; one step fewer is taken",
+        help="of the flow; one step fewer is taken",
     ),
     Parameter(
         "timestep_shift",
@@ -119,7 +95,7 @@ _IMAGE = [
         low=0,
         low_open=True,
         high=100,
-        help="above 1 spends more steps where the image is mostly noise",
+        help="above 1, more of the steps are near noise",
     ),
     Parameter(
         "cfg_text_scale",
@@ -128,89 +104,64 @@ _IMAGE = [
         low=0,
         high=100,
         aliases=("guidance_scale",),
-        help="how strongly the image follows the text; 1 or less turns guidance off",
+        help="how strongly the text guides; up to 1 not at all",
     ),
     Parameter(
         "cfg_img_scale",
         float,
         low=0,
         high=100,
-        nullable=True,
-        help="how strongly it follows the input images, where the text guides, too; by default "
-        "1.5, in an edit 2",
+        help="how strongly images guide, where text does; by default 1.5, in an edit 2",
     ),
     Parameter(
         "cfg_interval",
         interval,
-        nullable=True,
         accepts="two numbers as a list, [low, high], with 0 <= low <= high <= 1",
-        help="timesteps in which guidance is on; by default [0.4, 1], in an edit [0, 1]",
+        help="timesteps that are guided; by default [0.4, 1], in an edit [0, 1]",
     ),
     Parameter(
         "cfg_renorm_type",
         str,
-        nullable=True,
         choices=RENORM_TYPES,
-        help="what keeps guidance from oversaturating; by default global, in an edit text_channel",
+        help="against oversaturation; by default global, in an edit text_channel",
     ),
-    Parameter(
-        "cfg_renorm_min",
-        float,
-        0.0,
-        low=0,
-        high=1,
-        help="least factor of the renormalisation; 1 turns it off",
-    ),
-    Parameter(
-        "negative_prompt",
-        str,
-        nullable=True,
-        help="what the image should not be like: text that guidance leads away from",
-    ),
+    Parameter("cfg_renorm_min", float, 0.0, low=0, high=1, help="least factor of it; 1 is off"),
+    Parameter("negative_prompt", str, help="text that guidance leads away from"),
     Parameter(
         "latents",
         array,
-        nullable=True,
         accepts="an array [tokens, patch dim] of start noise",
         help="start noise instead of that of the seed",
     ),
     Parameter(
         "vae_noise",
         arrays,
-        nullable=True,
         accepts="an array [channels, height / 8, width / 8], or a list of those, one per image",
         help="noise of the encoded input images instead of that of the seed",
     ),
     Parameter(
-        "enable_taylorseer",
-        bool,
-        False,
-        help="extrapolate two of three steps (faster, less exact)",
+        "enable_taylorseer", bool, False, help="guess two of three steps: faster, less exact"
     ),
     Parameter("progress", bool, False, help="an event after every step"),
-    Parameter(
-        "preview_every",
-        int,
-        0,
-        low=0,
-        help="a preview of the image every so many steps; 0 for none",
-    ),
+    Parameter("preview_every", int, 0, low=0, help="steps from preview to preview; 0 for none"),
 ]
 
 PARAMETERS = Parameters(
     "bagel",
     [
         *_TEXT,
-        *_THINK,
+        Parameter(
+            "think",
+            bool,
+            help="think aloud first; by default only where text and an image are asked for",
+        ),
         *_IMAGE,
         Parameter(
             "seed",
             int,
             low=0,
             high=2**63 - 1,
-            nullable=True,
-            help="same seed, same request: same output, but for the last level of a colour here "
-            "and there; it is the published code's image, too",
+            help="same seed and request: same output, but for a last level of colour",
         ),
     ],
     check=_together,
@@ -220,10 +171,6 @@ PARAMETERS = Parameters(
 # What only text, a thought before an image included, or only images have a use for.
 OF_TEXT = tuple(parameter.name for parameter in _TEXT)
 OF_IMAGES = tuple(parameter.name for parameter in _IMAGE)
-
-
-def _recognises(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "bagel"
 
 
 CARD = ModelCard(
@@ -237,5 +184,4 @@ CARD = ModelCard(
     tiny=Path(__file__).parent / "tiny",
     full=Path(__file__).parent / "full",
     chat=True,
-    recognises=_recognises,
 )

@@ -36,13 +36,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Medium:
-    """An image as the decoder gets it from one of its encoders.
-
-    Args:
-        content: what its tokens are (see `KVCache.reuse`).
-        embed: makes their embeddings.
-        lead: how many of them, the first ones, run through the second expert.
-    """
+    """An image as the decoder gets it from one of its encoders: what its tokens are (see
+    `KVCache.reuse`), what makes their embeddings, and how many, the first ones, run through the
+    second expert."""
 
     content: Sequence[int]
     embed: Embed
@@ -80,8 +76,7 @@ class Contexts:
 
     def system(self, ids: Sequence[int]) -> None:
         """What all contexts begin with."""
-        self.main.text(ids)
-        self.without_images.text(ids)
+        self.text(ids)
         self.without_text = self.main.end
 
     def text(self, ids: Sequence[int]) -> None:

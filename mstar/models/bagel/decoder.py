@@ -48,12 +48,8 @@ class _MLP(nn.Module):
 
 
 class _Stream:
-    """The rows of one expert on their way through the layers.
-
-    Args:
-        expert: `"und"` or `"gen"`.
-        residual: the residual stream `[rows, hidden]`.
-    """
+    """The rows of one expert, `"und"` or `"gen"`, on their way through the layers: `residual` is
+    `[rows, hidden]`."""
 
     def __init__(self, expert: str, residual: Tensor) -> None:
         self.expert = expert
@@ -61,7 +57,6 @@ class _Stream:
         self.added: Tensor | None = None  # to the residual stream, with the next norm
 
     def norm(self, weight: Tensor, eps: float) -> Tensor:
-        """Add what is to be added, and norm."""
         if self.added is None:
             return rms_norm(self.residual, weight, eps)
         normed, self.residual = rms_norm(self.added, weight, eps, self.residual)
@@ -85,7 +80,6 @@ class _Expert(nn.Module):
         self.mlp = _MLP(config)
 
     def project(self, stream: _Stream) -> Projected:
-        """What the stream brings to the attention."""
         own = self.self_attn
         h = stream.norm(self.input_layernorm.weight, self.eps)
         norms = HeadNorms(own.q_norm.weight, own.k_norm.weight, self.eps)
@@ -126,7 +120,6 @@ class Decoder(nn.Module):
 
     @property
     def kv_layout(self) -> KVLayout:
-        """What one token keeps in the cache, whichever expert it goes through."""
         config = self.config
         return KVLayout(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
@@ -142,12 +135,12 @@ class Decoder(nn.Module):
         found = _OF_AN_EXPERT.fullmatch(name)
         if found is None:
             return (Source((name,)),)
-        layer, expert, path = found.groups()
-        module, *rest = path.split(".")
-        suffix = "_moe_gen" if expert == "gen" else ""
-        if module != "self_attn":
-            return (_source(f"{layer}{module}{suffix}", rest),)
-        return (_source(f"{layer}{module}", rest, suffix),)
+        layer, expert, path, leaf = found.groups()
+        *module, last = path.split(".")
+        parts = [[*module, part] for part in _FUSED.get(last, (last,))]
+        for part in parts if expert == "gen" else ():
+            part[-1 if part[0] == "self_attn" else 0] += "_moe_gen"
+        return (Source(tuple(layer + ".".join([*part, leaf]) for part in parts)),)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embedding rows `[tokens, hidden]` of ids `[tokens]`."""
@@ -162,7 +155,8 @@ class Decoder(nn.Module):
         *,
         keep: list[Tensor] | None = None,
     ) -> Tensor:
-        """Run the layers, and the final norm of the tokens that are understood.
+        """Hidden states `[tokens, hidden]`: the `lead` as the last layer leaves it (`norm_lead` is
+        its final norm), the rest normed.
 
         Args:
             inputs: ids int `[tokens]`, or embeddings `[tokens, hidden]`.
@@ -170,10 +164,6 @@ class Decoder(nn.Module):
             context: where earlier keys and values are; none if left out.
             lead: how many of the first tokens run through the `gen` expert.
             keep: a list to which the embeddings and every layer's output are appended.
-
-        Returns:
-            Hidden states `[tokens, hidden]`: the `lead` as the last layer leaves it (`norm_lead`
-            is its final norm), the rest normed.
         """
         x = inputs if inputs.is_floating_point() else self.embed(inputs)
         if positions is None:
@@ -211,17 +201,8 @@ class Decoder(nn.Module):
         return stream.norm(self.model.norm.weight, self.config.rms_norm_eps)
 
 
-_OF_AN_EXPERT = re.compile(r"(model\.layers\.\d+\.)(und|gen)\.(.+)")
+_OF_AN_EXPERT = re.compile(r"(model\.layers\.\d+\.)(und|gen)\.(.+)\.(\w+)")
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def _source(prefix: str, path: list[str], suffix: str = "") -> Source:
-    """`prefix.projection<suffix>.weight`, or those that a fused projection is made of."""
-    if len(path) == 1:  # a norm
-        return Source((f"{prefix}.{path[0]}",))
-    projection, leaf = path
-    parts = _FUSED.get(projection, (projection,))
-    return Source(tuple(f"{prefix}.{part}{suffix}.{leaf}" for part in parts))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -37,12 +37,7 @@ class TimeEmbedder(nn.Module):
 
 
 class LatentEmbedder(nn.Module):
-    """Latent tokens to inputs of the decoder, and its outputs to velocities.
-
-    Args:
-        latent_dim: values of a latent token.
-        side: tokens along the sides of the table of positions.
-    """
+    """Latent tokens to inputs of the decoder, and its outputs to velocities."""
 
     def __init__(self, latent_dim: int, hidden_size: int, side: int) -> None:
         super().__init__()
@@ -57,7 +52,6 @@ class LatentEmbedder(nn.Module):
         Args:
             latents: `[..., height * width, latent_dim]`, row by row.
             t: timestep `[...]` of each image, 0 for a clean one.
-            height, width: tokens down and across the image.
 
         Raises:
             ValueError: the image is larger than the table of positions, or not of that size.

@@ -46,7 +46,6 @@ class Flow(Node):
         self._pool.on_release.append(lambda: self._only and schedule(self))
 
     def enqueue(self, call: Call) -> None:
-        """See `Node.enqueue`."""
         _group(call).waiting += 1
         super().enqueue(call)
 
@@ -87,8 +86,6 @@ class Flow(Node):
                     calls.append(FlowCall(grid, still, FlowStep(1.0, 1.0, False), padded, UNGUIDED))
                     _reserve(calls[-1], set())
                 self._run(calls)
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _remove(self, call: Call) -> None:
         self._only.remove(call)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mstar.engine.kernels.staging import to_device
-from mstar.models.bagel.card import RENORM_TYPES
 
 __all__ = ["UNGUIDED", "Guidance", "guidance_table"]
 
@@ -25,23 +24,16 @@ class Guidance:
     Args:
         text_scale: at most 1 is no guidance at all.
         image_scale: at most 1 is none by images.
-        renorm: one of `RENORM_TYPES`: how lengths are compared, over the whole image or of each
-            token; "text_channel" renorms what text guidance makes and leaves what image guidance
-            adds.
+        renorm: how lengths are compared, over the whole image ("global") or of each token
+            ("channel"); "text_channel" renorms what text guidance makes and leaves what image
+            guidance adds.
         renorm_min: how far velocities may be shortened; 1 means not at all.
-
-    Raises:
-        ValueError: `renorm` is another one.
     """
 
     text_scale: float = 1.0
     image_scale: float = 1.0
     renorm: str = "global"
     renorm_min: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.renorm not in RENORM_TYPES:
-            raise ValueError(f"renorm={self.renorm!r}: must be one of {', '.join(RENORM_TYPES)}")
 
     @property
     def by_text(self) -> bool:

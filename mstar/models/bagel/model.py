@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mstar.engine.captured import record
@@ -20,11 +20,11 @@ from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
 from mstar.engine.prefill import prefill
 from mstar.engine.request import Request
-from mstar.errors import ContextTooLong, InvalidRequest, WeightsError
+from mstar.errors import ContextTooLong, WeightsError
 from mstar.models.bagel.autoencoder import Autoencoder
 from mstar.models.bagel.card import MOST_TOKENS
-from mstar.models.bagel.contexts import Contexts, Mark, Medium
-from mstar.models.bagel.drawing import Branches, draw
+from mstar.models.bagel.contexts import Context, Contexts, Mark, Medium
+from mstar.models.bagel.drawing import Easel
 from mstar.models.bagel.flow import Flow
 from mstar.models.bagel.networks import Bagel as Networks
 from mstar.models.bagel.networks import load_networks
@@ -35,6 +35,7 @@ from mstar.models.bagel.prompt import THINK_THEN_ANSWER, THINK_THEN_DRAW, Tokeni
 from mstar.models.bagel.runners import decode_runner, encode_runner, vision_runner
 from mstar.models.bagel.stepping import Stepper
 from mstar.models.base import Inputs, Model, Setup
+from mstar.models.parameters import demand
 from mstar.models.text import TextGeneration, sampling_params
 
 __all__ = ["Bagel"]
@@ -50,6 +51,8 @@ _FEATURES = 256 << 20  # bytes of encoded images that are kept
 class Bagel(Model):
     """Nodes `lm`, `vision`, `encode`, `flow` and `decode`."""
 
+    quantized = r"layers\.\d+\.(und|gen)\.(self_attn|mlp)\."
+
     def __init__(
         self, bagel: Networks, autoencoder: Autoencoder, lm: LanguageModel, tokenizer: Tokenizer
     ) -> None:
@@ -58,7 +61,7 @@ class Bagel(Model):
         self.config = bagel.config
         self.lm = lm
         self.tokenizer = tokenizer
-        self.planner = Planner(self.config, tokenizer, bagel.side)
+        self.planner = Planner(self.config, tokenizer, bagel.side, lm.device)
         self.features = FeatureCache(_FEATURES)
         marks = torch.tensor([tokenizer.image_start, tokenizer.image_end], device=lm.device)
         self.marks = bagel.decoder.embed(marks)
@@ -96,13 +99,12 @@ class Bagel(Model):
             device=setup.device,
             dtype=setup.dtype,
             dummy=setup.dummy,
+            quantization=setup.quantization,
             progress=setup.progress,
         )
-        if tokenizer.size > bagel.decoder.vocab_size:
-            raise WeightsError(
-                f"{folder}: the tokenizer has {tokenizer.size} ids, and the decoder knows "
-                f"{bagel.decoder.vocab_size}"
-            )
+        ids, known = tokenizer.size, bagel.decoder.vocab_size
+        if ids > known:
+            raise WeightsError(f"{folder}: the tokenizer has {ids} ids, the decoder knows {known}")
         layout = bagel.decoder.kv_layout
         tokens = setup.kv_tokens or kv_tokens_for(
             layout,
@@ -112,11 +114,7 @@ class Bagel(Model):
             at_most=max(setup.max_batch * 8192, 65536),
         )
         pool = KVPool(
-            layout,
-            tokens,
-            device=setup.device,
-            dtype=setup.dtype,
-            prefix_cache=setup.prefix_cache,
+            layout, tokens, device=setup.device, dtype=setup.dtype, prefix_cache=setup.prefix_cache
         )
         lm = LanguageModel(
             "lm",
@@ -131,38 +129,38 @@ class Bagel(Model):
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """See `Model.nodes`."""
         return (self.lm, self.vision, self.encode, self.flow, self.decode)
 
     def warmup(self) -> None:
-        """See `Model.warmup`."""
         self.lm.warmup()
         side = self.planner.usual // self.config.latent_downsample
         self.flow.warmup((side, side))
 
-    # -- laying a request out ----------------------------------------------------------------
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        """See `Model.examples`."""
+        image = Image.new("RGB", (100, 80))
+        asked = {"text": "Hello.", "images": image, "seed": 0}
+        drawn = {"output_modalities": ("image",), "num_timesteps": 3, "cfg_img_scale": 2.0}
+        return [{**asked, "max_output_tokens": 4, "ignore_eos": True}, {**asked, **drawn}]
 
     def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
-        """See `Model.prepare`."""
         plan = self.planner.plan(inputs, params, outputs)
         self._fill(plan)
-        end, room = plan.contexts.main.end, self._room
+        end = plan.contexts.main.end
+        room = self._room(end)
         shown = f"a prompt of {end.length} tokens"
         if end.position + 1 >= self.config.llm.max_position_embeddings:
             longest = self.config.llm.max_position_embeddings
             raise ContextTooLong("text", f"{end.position} positions", f"the model takes {longest}")
-        pool = self.lm.pool
+        pool, allowed = self.lm.pool, f"there is room for {room} after the prompt"
         if plan.drawing is None:
             pool.check_fits("text", shown, end.length + 1, ContextTooLong)
             most = params["max_output_tokens"]
-            if most is not None and most > room(end):
-                allowed = f"there is room for {room(end)} after the prompt"
-                raise InvalidRequest("max_output_tokens", most, allowed)
+            demand(most is None or most <= room, "max_output_tokens", most, allowed)
             return plan
-        thought = params["max_think_tokens"] + 2 if plan.think else 0
-        if plan.think and thought > room(end):
-            allowed = f"there is room for {room(end)} after the prompt"
-            raise InvalidRequest("max_think_tokens", params["max_think_tokens"], allowed)
+        most = params["max_think_tokens"]
+        thought = most + 2 if plan.think else 0
+        demand(thought <= room or not plan.think, "max_think_tokens", most, allowed)
         shown = f"{shown} and an image of {plan.drawing.tokens}"
         needed = self._held(plan, end.length + thought) + self._drafts(plan)
         pool.check_fits("text", shown, needed, ContextTooLong)
@@ -186,7 +184,6 @@ class Bagel(Model):
         return plan.branches * (plan.drawing.tokens + 2 * self.lm.pool.page_size)
 
     def _fill(self, plan: Plan) -> None:
-        """Put the elements of a request into its contexts."""
         contexts = plan.contexts
         if plan.think:
             system = THINK_THEN_ANSWER if plan.drawing is None else THINK_THEN_DRAW
@@ -200,43 +197,39 @@ class Bagel(Model):
             else:
                 contexts.image(self._encoded(element, next(eps)), self._seen(element))
 
+    async def _features(self, picture: Picture, kind: str) -> Sequence[Tensor]:
+        """What an encoder makes of a picture, from the cache if it is there."""
+        found = self.features.get((kind, picture.key))
+        if found is None:
+            found = await (self.vision if kind == "vision" else self.encode)(picture)
+            self.features.put((kind, picture.key), *found)
+        return found
+
     def _seen(self, picture: Picture) -> Medium:
         """A picture as the vision encoder sees it."""
-        count = len(picture.patches) + 2
-        content = media_content(picture.key, count, "vision")
-        return Medium(content, partial(self._embed_seen, picture))
+        content = media_content(picture.key, len(picture.patches) + 2, "vision")
 
-    async def _embed_seen(self, picture: Picture) -> Tensor:
-        key = "vision", picture.key
-        found = self.features.get(key)
-        if found is None:
-            found = (await self.vision(picture),)
-            self.features.put(key, *found)
-        return torch.cat([*found, self.marks])
+        async def embed() -> Tensor:
+            return torch.cat([*await self._features(picture, "vision"), self.marks])
+
+        return Medium(content, embed)
 
     def _encoded(self, picture: Picture, eps: Tensor) -> Medium:
         """A picture as the autoencoder encodes it, with its noise."""
         rows, columns = (side // self.config.latent_downsample for side in picture.size)
         count = rows * columns
         content = media_content(picture.key + eps.numpy().tobytes(), count + 2, "latents")
-        return Medium(content, partial(self._embed_encoded, picture, eps, (rows, columns)), count)
 
-    async def _embed_encoded(self, picture: Picture, eps: Tensor, grid: tuple[int, int]) -> Tensor:
-        key = "latents", picture.key
-        found = self.features.get(key)
-        if found is None:
-            found = await self.encode(picture)
-            self.features.put(key, *found)
-        mean, logvar = found
-        eps = to_device(eps[0].numpy(), torch.float32, mean.device)
-        latent = self.autoencoder.latent(mean, logvar, eps)
-        latents = patchify(latent, self.config.latent_patch_size)
-        return torch.cat([self.bagel.latent_tokens(latents, 0.0, *grid), self.marks])
+        async def embed() -> Tensor:
+            mean, logvar = await self._features(picture, "latents")
+            noise = to_device(eps[0].numpy(), torch.float32, mean.device)
+            latent = self.autoencoder.latent(mean, logvar, noise)
+            latents = patchify(latent, self.config.latent_patch_size)
+            return torch.cat([self.bagel.latent_tokens(latents, 0.0, rows, columns), self.marks])
 
-    # -- the walk ----------------------------------------------------------------------------
+        return Medium(content, embed, count)
 
     async def walk(self, request: Request) -> str | None:
-        """Read; then write, or think and draw."""
         plan: Plan = request.inputs
         contexts, usage = plan.contexts, request.usage
         usage.image_tokens += sum(
@@ -258,12 +251,12 @@ class Bagel(Model):
                 await self._think(request, plan, contexts, main)
             away = stack.enter_context(main.fork())
             await self._without_text(away, contexts.without_text, plan)
-            branches = Branches(main, away, aside if plan.is_apart else None)
+            branches = main, away, aside if plan.is_apart else None
             left = self.lm.pool.capacity - self._held(plan, main.length)
             # More than go together would only come later, and take pages that others need.
             together = self.flow.budget // (plan.branches * plan.drawing.tokens)
             abreast = max(1, min(left // self._drafts(plan), together))
-            await draw(self, request, plan, branches, abreast)
+            await Easel(self.flow, self.decode, request, plan, branches).draw_all(abreast)
         return "stop"
 
     async def _write(self, request: Request, plan: Plan, kv: KVCache, end: Mark) -> str | None:
@@ -304,8 +297,7 @@ class Bagel(Model):
         """Roll a copy of the main context back, and append what is to be led away from."""
         mark.place(kv)
         if plan.drawing.negative is not None:
-            spans = Contexts()
-            spans.main.end = mark
-            spans.main.text(plan.drawing.negative)
-            await prefill(self.lm, kv, spans.main.spans)
-            spans.main.end.place(kv)
+            context = Context(end=mark)
+            context.text(plan.drawing.negative)
+            await prefill(self.lm, kv, context.spans)
+            context.end.place(kv)

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mstar.engine.checkpoint import Checkpoint
+from mstar.engine.layers.quantized import Quantization
 from mstar.engine.weights import Source, load, randomize
 from mstar.errors import WeightsError
 from mstar.models.bagel.autoencoder import Autoencoder
 from mstar.models.bagel.config import BagelConfig
-from mstar.models.bagel.connector import Connector
 from mstar.models.bagel.decoder import Decoder
 from mstar.models.bagel.embedders import LatentEmbedder
 from mstar.models.bagel.positions import Grid, PositionTable
-from mstar.models.bagel.vit import VisionEncoder
+from mstar.models.bagel.vit import Connector, VisionEncoder
 
 __all__ = ["Bagel", "load_networks", "networks"]
 
@@ -35,11 +35,8 @@ _PREFIXES = {
 
 
 class Bagel(nn.Module):
-    """Everything but the autoencoder.
-
-    Args:
-        side: latent tokens along the sides of the table of positions.
-    """
+    """Everything but the autoencoder; `side` latent tokens are along the sides of the table of
+    positions."""
 
     def __init__(self, config: BagelConfig, side: int) -> None:
         super().__init__()
@@ -53,7 +50,6 @@ class Bagel(nn.Module):
         self.latents = LatentEmbedder(config.patch_latent_dim, hidden, side)
 
     def sources(self, name: str) -> Sequence[Source]:
-        """Where parameter `name` is in ema.safetensors."""
         module, path = name.split(".", 1)
         own = getattr(getattr(self, module), "sources", None)
         found = (Source((path,)),) if own is None else own(path)
@@ -67,22 +63,18 @@ class Bagel(nn.Module):
         return features + (places[0] if len(places) == 1 else torch.cat(places))
 
     def latent_tokens(self, latents: Tensor, t: Tensor | float, height: int, width: int) -> Tensor:
-        """Inputs of the decoder for latent tokens; see `LatentEmbedder.tokens`."""
+        """See `LatentEmbedder.tokens`."""
         return self.latents.tokens(latents, t, height, width)
 
     def velocity(self, hidden: Tensor) -> Tensor:
-        """Velocities float32 `[..., latent_dim]` of latent tokens that led their span.
-
-        Args:
-            hidden: what the decoder's last layer left, `[..., hidden]`, or what is taken for it.
-        """
+        """Velocities float32 `[..., latent_dim]` of what the decoder's last layer left of latent
+        tokens that led their span, `[..., hidden]`."""
         return self.latents.velocity(self.decoder.norm_lead(hidden))
 
 
 def networks(folder: Path) -> tuple[Bagel, Autoencoder]:
-    """The networks that the files in `folder` describe, without weights, on "meta".
-
-    Where there is no ema.safetensors, its tables have room for the largest image that is allowed.
+    """The networks that the files in `folder` describe, without weights, on "meta". Where there is
+    no ema.safetensors, its tables have room for the largest image that is allowed.
 
     Raises:
         WeightsError: a config is missing or wrong.
@@ -97,10 +89,8 @@ def networks(folder: Path) -> tuple[Bagel, Autoencoder]:
     file = folder / "ema.safetensors"
     side = _side(file) if file.exists() else needed
     if side < needed:
-        raise WeightsError(
-            f"{file}: {_TABLE} has positions for {side} x {side} latent tokens, and images may be "
-            f"{needed} long"
-        )
+        why = f"positions for {side} x {side} latent tokens, and images may be {needed} long"
+        raise WeightsError(f"{file}: {_TABLE} has {why}")
     with torch.device("meta"):
         return Bagel(config, side), Autoencoder(config.vae)
 
@@ -111,25 +101,26 @@ def load_networks(
     device: torch.device | str,
     dtype: torch.dtype,
     dummy: bool = False,
+    quantization: Quantization | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> tuple[Bagel, Autoencoder]:
     """The networks with their weights, or with random ones if they are a `dummy`.
 
     Args:
         dtype: of all but the autoencoder, which is always float32.
+        quantization: see `mstar.engine.weights.load`.
 
     Raises:
         WeightsError: a file is missing or wrong, or lacks a tensor.
     """
     bagel, autoencoder = networks(folder)
-    for module, name, kind in (
-        (bagel, "ema.safetensors", dtype),
-        (autoencoder, "ae.safetensors", torch.float32),
-    ):
+    kinds = (bagel, "ema.safetensors", dtype), (autoencoder, "ae.safetensors", torch.float32)
+    for module, name, kind in kinds:
         if dummy:
-            randomize(module, device=device, dtype=kind)
+            randomize(module, device=device, dtype=kind, quantization=quantization)
         else:
-            load(module, _open(folder / name), device=device, dtype=kind, progress=progress)
+            how = {"quantization": quantization, "progress": progress}
+            load(module, _open(folder / name), device=device, dtype=kind, **how)
     return bagel, autoencoder
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mstar.errors import InvalidRequest
@@ -37,29 +38,29 @@ class Picture:
     grid: Grid
 
 
-def read_picture(value: Any, config: BagelConfig, *, draws: bool) -> Picture:
+def read_picture(
+    value: Any, config: BagelConfig, *, draws: bool, device: torch.device | None = None
+) -> Picture:
     """Open and resize an image: always for the autoencoder first, as the published code does.
 
     Args:
         value: a path, bytes, `(filename, bytes)`, a PIL image or an array `[height, width(, 3)]`.
         draws: whether the autoencoder will want it.
-
-    Raises:
-        InvalidRequest: it is not an image, or a broken one.
+        device: see `bicubic`.
     """
     try:
-        image = resized(rgb_of(value), config.vae_rule)
+        image = resized(rgb_of(value), config.vae_rule, device)
     except ValueError as error:
         raise InvalidRequest("images", shown(value), str(error)) from None
     size = config.vit.patch_size
-    small = resized(image, config.vit_rule)
+    small = resized(image, config.vit_rule, device)
     patches = patchify(to_pixels(small), size)
     digest = hashlib.blake2b(np.asarray(image).tobytes(), digest_size=16)
     digest.update(f"{image.size}".encode())
     return Picture(
         key=digest.digest(),
         size=(image.height, image.width),
-        pixels=to_pixels(resized(image, config.vae_rule)) if draws else None,
+        pixels=to_pixels(resized(image, config.vae_rule, device)) if draws else None,
         patches=patches,
         grid=(small.height // size, small.width // size),
     )

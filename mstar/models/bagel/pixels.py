@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mstar.models.bagel.resize import ResizeRule, new_size
+from mstar.models.fields import check_fields
+from mstar.models.shrinking import bicubic
 
 __all__ = [
+    "ResizeRule",
+    "new_size",
     "patchify",
     "resized",
     "to_pixels",
@@ -21,10 +25,54 @@ __all__ = [
 ]
 
 
-def resized(image: Image.Image, rule: ResizeRule) -> Image.Image:
-    """An RGB image in the size that the rule asks for (bicubic, antialiased)."""
-    size = new_size(rule, *image.size)
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+_MAX_PIXELS = 14 * 14 * 9 * 1024  # as published, for both kinds of image tokens
+
+
+@dataclass(frozen=True)
+class ResizeRule:
+    """To which size an image is brought: sides from `min_size` to `max_size` pixels, multiples of
+    `stride`, and at most `max_pixels` in all. Raises ValueError if no image can be."""
+
+    max_size: int
+    min_size: int
+    stride: int
+    max_pixels: int = _MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_size % self.stride:
+            raise ValueError(f"max_size={self.max_size}: must be a multiple of {self.stride}")
+        if self.min_size > self.max_size:
+            raise ValueError(f"min_size={self.min_size}: must not exceed max_size={self.max_size}")
+        if self.max_pixels < self.stride**2:
+            raise ValueError(f"max_pixels={self.max_pixels}: must hold a square of {self.stride}")
+
+
+def new_size(rule: ResizeRule, width: int, height: int) -> tuple[int, int]:
+    """Width and height that a rule brings an image to; the short side is `min_size` or more if
+    `max_size` leaves room for it."""
+
+    def scaled(width: int, height: int, scale: float) -> tuple[int, int]:
+        return snapped(round(width * scale)), snapped(round(height * scale))
+
+    def snapped(side: int) -> int:
+        return max(rule.stride, round(side / rule.stride) * rule.stride)
+
+    scale = min(rule.max_size / max(width, height), 1.0)
+    scale = max(scale, rule.min_size / min(width, height))
+    width, height = scaled(width, height, scale)
+    if width * height > rule.max_pixels:  # a ratio of areas, for sides: it shrinks more than needed
+        width, height = scaled(width, height, rule.max_pixels / (width * height))
+    if max(width, height) > rule.max_size:
+        width, height = scaled(width, height, rule.max_size / max(width, height))
+    return width, height
+
+
+def resized(
+    image: Image.Image, rule: ResizeRule, device: torch.device | None = None
+) -> Image.Image:
+    """An RGB image in the size that the rule asks for (bicubic, antialiased; see `bicubic`)."""
+    return bicubic(image, new_size(rule, *image.size), device)
 
 
 def to_pixels(image: Image.Image) -> Tensor:

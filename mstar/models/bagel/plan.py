@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mstar.errors import InvalidRequest
 from mstar.models.bagel.card import OF_IMAGES, OF_TEXT, PARAMETERS
 from mstar.models.bagel.config import BagelConfig
 from mstar.models.bagel.contexts import Contexts
@@ -19,6 +18,7 @@ from mstar.models.bagel.positions import Grid
 from mstar.models.bagel.prompt import Tokenizer
 from mstar.models.bagel.schedule import FlowStep, flow_steps
 from mstar.models.base import Inputs
+from mstar.models.parameters import demand
 from mstar.models.turns import turns_of
 
 __all__ = ["Drawing", "Plan", "Planner"]
@@ -26,15 +26,9 @@ __all__ = ["Drawing", "Plan", "Planner"]
 
 @dataclass(frozen=True)
 class Drawing:
-    """The images to be made.
-
-    Args:
-        grid: latent tokens down and across.
-        noise: start noise of each image, float32 `[tokens, latent_dim]`.
-        steps: of the flow.
-        guidance: while it is on.
-        negative: a text span that guidance leads away from; `None` for none.
-    """
+    """The images to be made: their latent tokens down and across, start noise of each, float32
+    `[tokens, latent_dim]`, the steps of the flow, guidance while it is on, and a text span that it
+    leads away from, if there is one."""
 
     grid: Grid
     noise: list[Tensor]
@@ -92,42 +86,41 @@ class Planner:
 
     Args:
         side: latent tokens along the sides of the largest image.
+        device: of the model.
 
     Attributes:
         largest, usual: pixels along the sides of images: the most, and where nothing is asked for.
     """
 
-    def __init__(self, config: BagelConfig, tokenizer: Tokenizer, side: int) -> None:
-        self.config = config
+    def __init__(
+        self, config: BagelConfig, tokenizer: Tokenizer, side: int, device: torch.device
+    ) -> None:
+        self.config, self.device = config, device
         self.tokenizer = tokenizer
         self.largest = side * config.latent_downsample
         self.usual = min(1024, self.largest)
 
     def plan(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Plan:
-        """Lay a request out.
-
-        Raises:
-            InvalidRequest: it cannot be served.
-        """
+        """Lay a request out, or raise InvalidRequest."""
         draws = "image" in outputs
         think = params["think"]
-        if draws and "text" in outputs and think is False:
-            raise InvalidRequest(
-                "think", False, "the text beside an image is the thought before it; leave it out"
-            )
-        think = (draws and "text" in outputs) if think is None else think
+        both = draws and "text" in outputs
+        allowed = "the text beside an image is the thought before it; leave it out"
+        demand(not both or think is not False, "think", False, allowed)
+        think = both if think is None else think
         self._check_of_use(params, draws, think)
         elements: list[list[int] | Picture] = []
         for turn in turns_of(inputs, ("text", "image")):
             for part in turn.parts:
                 if part.kind == "image":
-                    elements.append(read_picture(part.value, self.config, draws=draws))
+                    picture = read_picture(part.value, self.config, draws=draws, device=self.device)
+                    elements.append(picture)
                 elif part.value.strip():
                     elements.append(self.tokenizer.text_span(part.value))
-                elif inputs.messages is None:
-                    raise InvalidRequest("text", part.value, "is empty")
-        if not elements:
-            raise InvalidRequest("messages", inputs.messages, "hold neither text nor an image")
+                else:
+                    demand(inputs.messages is not None, "text", part.value, "is empty")
+        there = bool(elements)
+        demand(there, "messages", inputs.messages, "hold neither text nor an image")
         pictures = [element for element in elements if isinstance(element, Picture)]
         seed = secrets.randbits(63) if params["seed"] is None else params["seed"]
         # The draws of the published code, in its order: pictures first, then the start noise.
@@ -147,8 +140,8 @@ class Planner:
             useless, why = ("max_output_tokens",), "a thought is asked for: use max_think_tokens"
         for name in useless:
             value, usual = params[name], PARAMETERS[name].default
-            if value is not None and (usual is None or value != usual):
-                raise InvalidRequest(name, str(value)[:80], why)
+            unset = value is None or (usual is not None and value == usual)
+            demand(unset, name, str(value)[:80], why)
 
     def _eps(
         self, pictures: list[Picture], given: list[Any] | None, generator: torch.Generator
@@ -161,18 +154,12 @@ class Planner:
         drawn = [torch.randn(shape, generator=generator) for shape in shapes]
         if given is None:
             return drawn
-        if len(given) != len(shapes):
-            raise InvalidRequest(
-                "vae_noise", f"{len(given)} arrays", f"there are {len(shapes)} input images"
-            )
-        noise = []
+        count, allowed = len(shapes), f"there are {len(shapes)} input images"
+        demand(len(given) == count, "vae_noise", f"{len(given)} arrays", allowed)
         for array, shape in zip(given, shapes, strict=True):
-            if array.shape not in (shape, shape[1:]):
-                raise InvalidRequest(
-                    "vae_noise", f"array {array.shape}", f"must be {shape[1:]} for this image"
-                )
-            noise.append(torch.tensor(array).view(shape))
-        return noise
+            good, allowed = array.shape in (shape, shape[1:]), f"must be {shape[1:]} for this image"
+            demand(good, "vae_noise", f"array {array.shape}", allowed)
+        return [torch.tensor(array).view(s) for array, s in zip(given, shapes, strict=True)]
 
     def _drawing(
         self, pictures: list[Picture], params: dict[str, Any], generator: torch.Generator
@@ -181,14 +168,12 @@ class Planner:
         height, width = self._size(pictures, params)
         grid = height // unit, width // unit
         shape = grid[0] * grid[1], self.config.patch_latent_dim
-        if params["latents"] is None:
+        if (latents := params["latents"]) is None:
             noise = [torch.randn(shape, generator=generator) for _ in range(params["num_images"])]
-        elif params["latents"].shape != shape:
-            shown = f"array {params['latents'].shape}"
-            allowed = f"must be {shape} for an image of {width} x {height}"
-            raise InvalidRequest("latents", shown, allowed)
         else:
-            noise = [torch.tensor(params["latents"])]
+            allowed = f"must be {shape} for an image of {width} x {height}"
+            demand(latents.shape == shape, "latents", f"array {latents.shape}", allowed)
+            noise = [torch.tensor(latents)]
         edit = bool(pictures)
 
         def chosen(name: str, drawn: Any, edited: Any) -> Any:
@@ -208,24 +193,22 @@ class Planner:
             ),
             self.tokenizer.text_span(negative) if negative and negative.strip() else None,
         )
-        if drawing.negative is not None and not drawing.is_guided:
-            why = f"cfg_text_scale={params['cfg_text_scale']} in cfg_interval={interval}"
-            allowed = f"guidance leads away from it, and there is none with {why}"
-            raise InvalidRequest("negative_prompt", negative[:80], allowed)
+        why = f"cfg_text_scale={params['cfg_text_scale']} in cfg_interval={interval}"
+        allowed = f"guidance leads away from it, and there is none with {why}"
+        of_use = drawing.negative is None or drawing.is_guided
+        demand(of_use, "negative_prompt", str(negative)[:80], allowed)
         return drawing
 
     def _size(self, pictures: list[Picture], params: dict[str, Any]) -> tuple[int, int]:
         """Height and width of the image: as asked, or of the last picture, or the usual."""
-        unit = self.config.latent_downsample
-        largest = self.largest
+        unit, largest = self.config.latent_downsample, self.largest
         usual = pictures[-1].size if pictures else (self.usual,) * 2
         asked = params["height"], params["width"]
         size = tuple(own or other for own, other in zip(asked, usual, strict=True))
         for name, value in zip(("height", "width"), size, strict=True):
-            if value % unit or value > largest:
-                below = min(max(value // unit * unit, unit), largest)
-                above = min(-(-value // unit) * unit, largest)
-                near = " and ".join(map(str, sorted({below, above})))
-                allowed = f"must be a multiple of {unit}, at most {largest}; nearest: {near}"
-                raise InvalidRequest(name, value, allowed)
+            below = min(max(value // unit * unit, unit), largest)
+            above = min(-(-value // unit) * unit, largest)
+            near = " and ".join(map(str, sorted({below, above})))
+            allowed = f"must be a multiple of {unit}, at most {largest}; nearest: {near}"
+            demand(value == below, name, value, allowed)
         return size

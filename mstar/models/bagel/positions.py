@@ -28,10 +28,7 @@ def grid_rows(table: Tensor, grid: Grid) -> Tensor:
 
 
 class PositionTable(nn.Module):
-    """What is added to tokens for where in their image they are.
-
-    The published tables began as sines and cosines, but are read from the checkpoint.
-    """
+    """What is added to tokens for where in their image they are; read from the checkpoint."""
 
     def __init__(self, side: int, hidden_size: int) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class Tokenizer(FastTokenizer):
         return self._fast.decode(list(ids), skip_special_tokens=True)
 
     def text_span(self, text: str) -> list[int]:
-        """Ids of a piece of text as it stands in a context."""
+        """A piece of text as it stands in a context."""
         return [self.start, *self.encode(text), self.end]
 
     def answer(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:

@@ -26,18 +26,20 @@ class Drawn:
     latents: Tensor
 
 
-def vision_runner(bagel: Bagel, device: torch.device) -> Callable[[list[Picture]], list[Tensor]]:
+def vision_runner(
+    bagel: Bagel, device: torch.device
+) -> Callable[[list[Picture]], list[tuple[Tensor]]]:
     """Pictures -> inputs of the decoder `[patches, hidden]`."""
     dtype = bagel.latents.vae2llm.weight.dtype
 
-    def run(pictures: list[Picture]) -> list[Tensor]:
+    def run(pictures: list[Picture]) -> list[tuple[Tensor]]:
         patches = torch.cat([picture.patches for picture in pictures]).numpy()
         tokens = bagel.image_tokens(
             to_device(patches, torch.float32, device).to(dtype),
             [picture.grid for picture in pictures],
         )
         parts = tokens.split([len(picture.patches) for picture in pictures])
-        return [part.clone() for part in parts] if len(parts) > 1 else list(parts)
+        return [(part.clone() if len(parts) > 1 else part,) for part in parts]
 
     return run
 

@@ -16,13 +16,7 @@ __all__ = ["FlowStep", "flow_steps", "timesteps"]
 
 @dataclass(frozen=True)
 class FlowStep:
-    """One evaluation of the network.
-
-    Args:
-        t: the timestep.
-        dt: how far to go.
-        guided: whether guidance is on.
-    """
+    """One evaluation of the network: the timestep, how far to go, whether guidance is on."""
 
     t: float
     dt: float
@@ -40,14 +34,7 @@ def flow_steps(count: int, shift: float, interval: tuple[float, float]) -> list[
 
     Args:
         interval: guidance is on where low < t <= high, compared in float32.
-
-    Raises:
-        ValueError: there is no step, or the shift is not above 0.
     """
-    if count < 2:
-        raise ValueError(f"{count} timesteps: 2 or more are needed, for a step between them")
-    if not shift > 0:
-        raise ValueError(f"a shift of {shift}: must be above 0")
     grid = timesteps(count, shift)
     low, high = torch.tensor(interval, dtype=torch.float32)
     now = grid[:-1]

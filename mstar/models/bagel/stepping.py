@@ -33,12 +33,8 @@ _MARKS = 2  # tokens around an image; they follow its latents
 
 @dataclass(eq=False)
 class Draft:
-    """A branch of guidance: a context, with room behind it for the keys and values of one step.
-
-    Args:
-        kv: a fork of the context.
-        seer: what guesses the branch in some of the steps.
-    """
+    """A branch of guidance: a fork of a context, with room behind it for the keys and values of one
+    step, and what guesses the branch in some of the steps."""
 
     kv: KVCache
     seer: TaylorSeer | None = None
@@ -129,8 +125,6 @@ class Stepper:
             states = torch.stack([_seen(draft, found) for _, draft in drafts])
         return guided_euler(latents, self.bagel.velocity(states), places, table)
 
-    # -- inside --------------------------------------------------------------------------------
-
     def _step(self, grid: Grid) -> Step:
         """What is captured: all of it as a function of tensors."""
 
@@ -158,11 +152,8 @@ class Stepper:
         position: Tensor,
         context: PagedContext,
     ) -> Tensor:
-        """What the last layer makes of each branch's latents, `[branches, tokens, hidden]`.
-
-        Args:
-            image, position: of each branch, int64 `[branches]`.
-        """
+        """What the last layer makes of each branch's latents, `[branches, tokens, hidden]`; the
+        branches' images and positions are int64 `[branches]`."""
         tokens = self.bagel.latent_tokens(latents, times, *grid)[image]
         count, each, _ = tokens.shape
         lead = count * each

@@ -20,10 +20,7 @@ _ORDER = 6
 
 
 class TaylorSeer:
-    """The steps of one branch of one request.
-
-    Call either `observe` or `predict` at every step in which the branch is evaluated.
-    """
+    """The steps of one branch of one request: at each, call either `observe` or `predict`."""
 
     def __init__(self) -> None:
         self._step = 0

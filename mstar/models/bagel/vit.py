@@ -1,44 +1,38 @@
-"""The vision encoder: SigLIP on images of any size and shape."""
+"""The vision encoder, SigLIP on images of any size and shape, and what leads to the decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from mstar.engine.layers.linear import linear
 from mstar.models.bagel.config import ViTConfig
 from mstar.models.bagel.positions import Grid, grid_rows
 from mstar.models.siglip import Siglip
 
-__all__ = ["VisionEncoder"]
+__all__ = ["Connector", "VisionEncoder"]
 
 
 class VisionEncoder(Siglip):
-    """Patches -> features.
-
-    Args:
-        side: patches along the sides of the table of positions.
-    """
+    """Patches -> features; `side` patches are along the sides of the table of positions."""
 
     def __init__(self, config: ViTConfig, side: int) -> None:
         super().__init__(config)
         self.side = side
 
     def forward(self, patches: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """Encode images.
+        """Features `[patches, hidden]` of images.
 
         Args:
             patches: `[patches, patch_dim]`, those of one image after those of the other, each
                 image row by row (`pixels.patchify`), -1 to 1.
             grids: patches down and across each image.
 
-        Returns:
-            Features `[patches, hidden]`.
-
         Raises:
-            ValueError: an image is larger than the table of positions, or the grids are not those
-                of the patches.
+            ValueError: an image is larger than the table, or the grids are those of others.
         """
         lengths = [rows * columns for rows, columns in grids]
         if sum(lengths) != len(patches):
@@ -46,3 +40,17 @@ class VisionEncoder(Siglip):
         table = self.embeddings.position_embedding.weight[: self.side**2]
         places = [grid_rows(table, grid) for grid in grids]
         return self.encode(patches, places[0] if len(places) == 1 else torch.cat(places), lengths)
+
+
+class Connector(nn.Module):
+    """Features to inputs of the decoder: two linear layers, a GELU (in its tanh form) between."""
+
+    def __init__(self, features: int, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(features, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[patches, features]` to `[patches, hidden]`, before the positions are added."""
+        h = F.gelu(linear(features, self.fc1.weight, self.fc1.bias), approximate="tanh")
+        return linear(h, self.fc2.weight, self.fc2.bias)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from threading import Lock
 
 import numpy as np
 
-__all__ = ["ActionQueue", "Latency", "delay_steps", "lengthened"]
+__all__ = ["ActionQueue", "delay_steps", "lengthened"]
 
 
 class ActionQueue:
@@ -89,28 +88,6 @@ class ActionQueue:
                 processed = np.concatenate([self._processed[self._index :], processed])
             self._original, self._processed, self._index = original, processed, 0
             return skipped
-
-
-class Latency:
-    """How long inference took lately, in seconds. The first one, which is cold, does not count.
-
-    Args:
-        window: how many are remembered.
-    """
-
-    def __init__(self, window: int = 100) -> None:
-        self._recent: deque[float] = deque(maxlen=window)
-        self._warm = False
-
-    def add(self, seconds: float) -> None:
-        """Note one."""
-        if self._warm:
-            self._recent.append(seconds)
-        self._warm = True
-
-    def max(self) -> float:
-        """The longest that is remembered; 0 without any."""
-        return max(self._recent, default=0.0)
 
 
 def delay_steps(seconds: float, fps: float) -> int:

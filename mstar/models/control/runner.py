@@ -12,14 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mstar.errors import DeadlineExceeded, InvalidRequest
-from mstar.models.control.action_queue import ActionQueue, Latency, delay_steps
+from mstar.errors import DeadlineExceeded
+from mstar.models.control.action_queue import ActionQueue, delay_steps
 from mstar.models.control.pending import Chunk, Pending
-from mstar.models.parameters import plain, positive
+from mstar.models.parameters import demand, plain, positive
 
 __all__ = ["Policy", "PolicyRunner"]
 
 _KEPT = 4096  # latencies
+_RECENT = 100  # latencies, the longest of which the next one is expected to be
 _OURS = ("raw", "prev_chunk_left_over", "inference_delay", "rtc_mode")
 _COUNTS = (
     "observations",
@@ -70,8 +71,9 @@ class PolicyRunner:
         queue_threshold: rows that are left when the next inference begins. By default 30 with
             real-time chunking, or 60 % of a shorter chunk; half of what is executed without it.
         deadline_ms: an inference that takes longer is given up for the next observation.
-        literal: skip as many rows as the measured latency says, like lerobot, even where the robot
-            did not get that far.
+        literal: what lerobot does: skip as many rows as the measured latency says, even where the
+            robot did not get that far; count the latency of the first inference, which is cold;
+            lengthen what is left of a chunk with zeros, and not with its last row.
         clock: seconds, for measuring.
         **params: of the model, for every call: `num_steps`, `prefix_attention_schedule` ...
 
@@ -104,12 +106,12 @@ class PolicyRunner:
         self.queue_threshold = _rows("queue_threshold", queue_threshold, 0, most, rows)
         if deadline_ms is not None:
             deadline_ms = positive("deadline_ms", deadline_ms, 1e9)
-        if given := [name for name in params if name in _OURS]:
-            raise InvalidRequest(given[0], params[given[0]], "is up to the runner; see rtc")
+        for name, value in params.items():
+            demand(name not in _OURS, name, value, "is up to the runner; see rtc")
         self.deadline_ms = deadline_ms
         self._literal, self._clock, self._params = literal, clock, params
         self._queue = ActionQueue(rtc=self.rtc is not None, literal=literal)
-        self._latency = Latency()
+        self._recent: deque[float] = deque(maxlen=_RECENT)
         self._seconds: deque[float] = deque(maxlen=_KEPT)
         self._longest = 0.0
         self._counts = dict.fromkeys(_COUNTS, 0)
@@ -161,14 +163,8 @@ class PolicyRunner:
     def reset(self) -> None:
         """A new episode: forget actions, the observation, a failure, and a chunk on its way, also
         if it should arrive later."""
-        with self._lock:
-            self._episode += 1
-            self._queue.clear()
-            self._latest = self._state = self._failure = self._trace = None
-            pending = self._pending
+        self._forget()
         self.policy.reset()
-        if pending is not None:
-            pending.cancel()
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -188,17 +184,20 @@ class PolicyRunner:
 
     def close(self) -> None:
         """End the thread, and the actions. May be called twice."""
+        self._closed = True
+        self._forget()
+        self._wake.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _forget(self) -> None:
         with self._lock:
-            self._closed = True
             self._episode += 1
             self._queue.clear()
             self._latest = self._state = self._failure = self._trace = None
             pending = self._pending
-        self._wake.set()
         if pending is not None:
             pending.cancel()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
 
     def __enter__(self) -> PolicyRunner:
         return self
@@ -263,10 +262,12 @@ class PolicyRunner:
         if self.rtc is None:
             original, actions = (rows[: self.execution_horizon] for rows in (original, actions))
         with self._lock:
-            if self._counts["inferences"]:
+            warm = self._counts["inferences"] > 0
+            if warm:
                 self._seconds.append(seconds)
                 self._longest = max(self._longest, seconds)
-            self._latency.add(seconds)
+            if warm or self._literal:
+                self._recent.append(seconds)
             if self._episode != episode:
                 self._counts["stale_chunks"] += 1
                 return
@@ -285,12 +286,15 @@ class PolicyRunner:
         """Parameters of real-time chunking, where there is something to go on from."""
         if self.rtc is None or left is None or not len(left):
             return {}
-        delay = delay_steps(self._latency.max(), self.fps)
+        delay = delay_steps(max(self._recent, default=0.0), self.fps)
         delay = min(delay, self.execution_horizon, self._horizon - 1)
         if self.rtc == "trained":
             delay = min(delay, self.policy.config.rtc_training_max_delay)
+        rows = self.execution_horizon
+        there = min(len(left), rows) if self._literal else rows
+        previous = self.policy.previous(left, state, obs, there)
         return {
-            "prev_chunk_left_over": self.policy.previous(left, state, obs, self.execution_horizon),
+            "prev_chunk_left_over": np.pad(previous, ((0, rows - there), (0, 0))),
             "inference_delay": delay,
             "execution_horizon": self.execution_horizon,
             "rtc_mode": self.rtc,
@@ -300,14 +304,12 @@ class PolicyRunner:
         most = self.policy.config.rtc_training_max_delay
         if rtc is None or rtc is False:
             return None
-        if not hasattr(self.policy, "previous"):
-            raise InvalidRequest("rtc", rtc, "the policy makes every chunk anew: must be None")
+        able = hasattr(self.policy, "previous")
+        demand(able, "rtc", rtc, "the policy makes every chunk anew: must be None")
         if rtc is True:
             return "trained" if most else "guided"
-        if rtc not in ("guided", "trained"):
-            raise InvalidRequest("rtc", rtc, "must be guided, trained, True or None")
-        if rtc == "trained" and not most:
-            raise InvalidRequest("rtc", rtc, "the policy was not trained for it")
+        demand(rtc in ("guided", "trained"), "rtc", rtc, "must be guided, trained, True or None")
+        demand(rtc == "guided" or most > 0, "rtc", rtc, "the policy was not trained for it")
         return rtc
 
 
@@ -326,6 +328,6 @@ def _rows(field: str, value: int | None, low: int, high: int, usual: int) -> int
     if value is None:
         return usual
     value = plain(value)
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequest(field, value, f"must be from {low} to {high}")
+    fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    demand(fits, field, value, f"must be from {low} to {high}")
     return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ __all__ = ["Orpheus"]
 _ABREAST = 8
 # Frames per codec call: one at a time for those who listen along, more for those who wait.
 _CHUNK_STREAMED, _CHUNK_WHOLE = 1, 16
+_WARM_FRAMES = 12
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class _Plan:
 
 class Orpheus(Model):
     """Nodes `lm` and `snac`."""
+
+    quantized = r"^model\.layers\.\d+\.(self_attn|mlp)\."
 
     def __init__(
         self,
@@ -84,18 +87,19 @@ class Orpheus(Model):
     @classmethod
     def load(cls, setup: Setup) -> Orpheus:
         """See `Model.load`. The decoder runs in `setup.dtype`, the codec always in float32."""
-        folders = setup.folders
+        folders, quantization = setup.folders, setup.quantization
         network, snac = networks(folders)
         encode = load_tokenizer(folders["lm"])
         for part, module, dtype in (("lm", network, setup.dtype), ("snac", snac, torch.float32)):
             if setup.dummy:
-                randomize(module, device=setup.device, dtype=dtype)
+                randomize(module, device=setup.device, dtype=dtype, quantization=quantization)
             else:
                 load(
                     module,
                     Checkpoint.open(folders[part]),
                     device=setup.device,
                     dtype=dtype,
+                    quantization=quantization,
                     progress=setup.progress,
                 )
         tokens = setup.kv_tokens or kv_tokens_for(
@@ -204,8 +208,14 @@ class Orpheus(Model):
         return reason
 
     def warmup(self) -> None:
-        """See `Model.warmup`."""
+        """See `Model.warmup`. The codec runs as for a window, whatever the decoder would say."""
         self.lm.warmup()
+        for seed in (None, 0) if self.codec.noise else (None,):
+            self.snac.run([CodecJob([0] * 7 * _WARM_FRAMES, 0, _WARM_FRAMES, seed, (0, 1))])
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        """See `Model.examples`."""
+        return [{"text": "Hello.", "seed": 0, "max_output_tokens": 7 * _WARM_FRAMES}]
 
 
 class _Speech:

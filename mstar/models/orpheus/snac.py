@@ -268,7 +268,7 @@ class Projection(nn.Module):
         return folded(self.stored, lambda ws: torch.cat(ws, 1).squeeze(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return matmul(x, self.weight).add_(self.bias)
+        return matmul(x, self.weight, self.bias)
 
 
 class Pointwise(nn.Module):
@@ -286,8 +286,7 @@ class Pointwise(nn.Module):
         return folded([self.stored], lambda ws: ws[0].squeeze(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = matmul(x, self.weight)
-        return y if self.bias is None else y.add_(self.bias)
+        return matmul(x, self.weight, self.bias)
 
 
 class Depthwise(nn.Module):
@@ -388,8 +387,8 @@ def _conv2d(
     )
 
 
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, [B, T, in] and [out, in] -> [B, T, out].
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, [B, T, in] and [out, in] -> [B, T, out].
 
     On a GPU this is float32 unless the process has asked torch for less in all its products
     (`torch.set_float32_matmul_precision`).
@@ -400,13 +399,14 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     images, and so other last bits.)
     """
     if x.is_cuda or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
     batch, steps, inputs = x.shape
     swap = batch * steps < len(weight)
     image, kernel = (weight[None], x.reshape(-1, inputs)) if swap else (x, weight)
     image, kernel = image.transpose(1, 2).unsqueeze(2), kernel[:, :, None, None]
     y = torch.mkldnn_convolution(image, kernel, None, (0, 0), (1, 1), (1, 1), 1)
-    return y.view(batch, steps, -1).contiguous() if swap else y.squeeze(2).transpose(1, 2)
+    y = y.view(batch, steps, -1).contiguous() if swap else y.squeeze(2).transpose(1, 2)
+    return y if bias is None else y.add_(bias)
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[tuple[int, ...]]:

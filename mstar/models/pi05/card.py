@@ -2,114 +2,91 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mstar.errors import InvalidRequest
 from mstar.models.arrays import array, rows
 from mstar.models.card import ModelCard
-from mstar.models.parameters import Parameter, Parameters
+from mstar.models.parameters import Parameter, Parameters, demand
 from mstar.models.pi05.config import SCHEDULES
 
 __all__ = ["CARD"]
 
 
 def _together(values: dict[str, Any]) -> None:
-    if values["prev_chunk_left_over"] is None and values["inference_delay"] is not None:
-        raise InvalidRequest(
-            "inference_delay", values["inference_delay"], "goes with prev_chunk_left_over"
-        )
+    delay = values["inference_delay"]
+    together = delay is None or values["prev_chunk_left_over"] is not None
+    demand(together, "inference_delay", delay, "goes with prev_chunk_left_over")
 
 
+_optional = partial(Parameter, nullable=True)
 PARAMETERS = Parameters(
     "pi05",
     [
-        Parameter(
+        _optional(
             "robot_state",
             array,
-            nullable=True,
             accepts="the robot's state: numbers, in its own units",
             help="joints, grippers: as many numbers as the policy was trained with",
         ),
-        Parameter(
+        _optional(
             "num_steps",
             int,
             low=1,
             high=1000,
-            nullable=True,
             aliases=("num_inference_steps",),
             help="steps of the flow; by default those of the checkpoint, 10 as published",
         ),
-        Parameter(
+        _optional(
             "noise",
             array,
-            nullable=True,
             accepts="an array [horizon, 32] of start noise",
             help="start noise instead of that of the seed",
         ),
-        Parameter(
-            "seed",
-            int,
-            low=0,
-            high=2**63 - 1,
-            nullable=True,
-            help="same seed, same observation: same actions",
+        _optional(
+            "seed", int, low=0, high=2**63 - 1, help="same seed, same observation: same actions"
         ),
         Parameter(
             "raw", bool, False, help="actions in the model's normalised space, not in robot units"
         ),
-        Parameter(
+        _optional(
             "prev_chunk_left_over",
             rows,
-            nullable=True,
             accepts="an array [rows, action_dim]: what is left of the last chunk, normalised",
             help="real-time chunking: go on where the last chunk is",
         ),
-        Parameter(
-            "inference_delay",
-            int,
-            low=0,
-            nullable=True,
-            help="control steps until the chunk arrives",
-        ),
-        Parameter(
+        _optional("inference_delay", int, low=0, help="control steps until the chunk arrives"),
+        _optional(
             "execution_horizon",
             int,
             low=1,
-            nullable=True,
             help="rows of a chunk that guidance reaches; by default the checkpoint's, 10 as "
             "published",
         ),
-        Parameter(
+        _optional(
             "rtc_mode",
             str,
-            nullable=True,
             choices=("guided", "trained"),
             help="by default trained where the checkpoint was trained for it",
         ),
-        Parameter(
+        _optional(
             "prefix_attention_schedule",
             str,
             choices=SCHEDULES,
-            nullable=True,
             help="how guidance falls off between the delay and the execution horizon; by default "
             "the checkpoint's, LINEAR as published",
         ),
-        Parameter(
+        _optional(
             "max_guidance_weight",
             float,
             low=0,
             high=1000,
-            nullable=True,
             help="largest gain of the guidance; by default the checkpoint's, 10 as published",
         ),
     ],
     check=_together,
 )
-
-
-def _recognises(config: dict[str, Any]) -> bool:
-    return config.get("type") == "pi05"
 
 
 CARD = ModelCard(
@@ -122,5 +99,5 @@ CARD = ModelCard(
     repos={"pi05": "lerobot/pi05_base"},
     tiny=Path(__file__).parent / "tiny",
     full=Path(__file__).parent / "full",
-    recognises=_recognises,
+    recognises=lambda config: config.get("type") == "pi05",
 )

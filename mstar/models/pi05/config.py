@@ -6,12 +6,19 @@ ignored. `custom_dims` (test checkpoints only) overrides what the variants stand
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mstar.models.fields import check_flags, check_numbers, check_sizes, read_object
+from mstar.models.fields import (
+    check_fields,
+    check_flags,
+    check_numbers,
+    check_sizes,
+    known,
+    read_object,
+)
 from mstar.models.pi05.sizes import VARIANTS, GemmaSizes, VisionSizes
 
 __all__ = [
@@ -27,6 +34,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_Count = int  # which may be 0
 
 STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -61,7 +69,7 @@ class Pi05Config:
     prefix: GemmaSizes = VARIANTS["gemma_2b"]
     expert: GemmaSizes = VARIANTS["gemma_300m"]
     cameras: tuple[str, ...] = OPENPI_CAMERAS
-    empty_cameras: int = 0
+    empty_cameras: _Count = 0
     state_dim: int | None = None
     action_dim: int | None = None
     chunk_size: int = 50
@@ -78,41 +86,28 @@ class Pi05Config:
     relative_exclude_joints: tuple[str, ...] = ("gripper",)
     action_feature_names: tuple[str, ...] | None = None
     rtc_config: Mapping[str, Any] | None = None
-    rtc_training_max_delay: int = 0
+    rtc_training_max_delay: _Count = 0
 
     def __post_init__(self) -> None:
-        values = vars(self)
-        sizes = ("vocab_size", "chunk_size", "n_action_steps", "max_state_dim", "max_action_dim")
-        check_sizes(values, (*sizes, "num_inference_steps", "tokenizer_max_length"))
-        check_numbers(values, ("min_period", "max_period"))
-        check_flags(values, ("use_relative_actions", "state_in_prompt"))
-        if not isinstance(most := self.rtc_training_max_delay, int) or most < 0:
-            raise ValueError(f"rtc_training_max_delay={most!r}: must be an integer of at least 0")
-        for name in ("state_dim", "action_dim"):
-            most = values[f"max_{name}"]
-            if values[name] is None:
-                continue
+        check_fields(self)
+        values, most = vars(self), self.rtc_training_max_delay
+        fits = isinstance(most, int) and most >= 0
+        _demand(fits, "rtc_training_max_delay", most, "must be an integer of at least 0")
+        for name in [name for name in ("state_dim", "action_dim") if values[name] is not None]:
             check_sizes(values, (name,))
-            if values[name] > most:
-                raise ValueError(f"{name}={values[name]}: must be at most max_{name}={most}")
+            most = values[f"max_{name}"]
+            _demand(values[name] <= most, name, values[name], f"must be at most max_{name}={most}")
         if len(self.cameras) <= self.empty_cameras:
             raise ValueError("input_features: there must be an image")
-        if self.n_action_steps > self.chunk_size:
-            raise ValueError(
-                f"n_action_steps={self.n_action_steps}: must be at most chunk_size="
-                f"{self.chunk_size}"
-            )
+        steps, most = self.n_action_steps, self.chunk_size
+        _demand(steps <= most, "n_action_steps", steps, f"must be at most chunk_size={most}")
         check_flags(self.rtc, ("enabled",))
         check_sizes(self.rtc, ("execution_horizon",))
         check_numbers(self.rtc, ("max_guidance_weight",))
-        if (schedule := self.rtc["prefix_attention_schedule"]) not in SCHEDULES:
-            allowed = f"must be one of {', '.join(SCHEDULES)}"
-            raise ValueError(f"rtc_config.prefix_attention_schedule={schedule!r}: {allowed}")
+        name = "prefix_attention_schedule"
+        _one_of(f"rtc_config.{name}", self.rtc[name], SCHEDULES)
         for kind, mode in self.normalization_mapping.items():
-            if mode not in MODES:
-                raise ValueError(
-                    f"normalization_mapping.{kind}={mode!r}: must be one of {', '.join(MODES)}"
-                )
+            _one_of(f"normalization_mapping.{kind}", mode, MODES)
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):  # they attend together
             one, other = getattr(self.prefix, name), getattr(self.expert, name)
             if one != other:
@@ -139,37 +134,27 @@ class Pi05Config:
         config = {name: value for name, value in config.items() if value is not None}
         if "type" not in config and "action_horizon" in config:
             return cls._openpi(config)
-        if config.get("type") != "pi05":
-            raise ValueError(f"type={config.get('type')!r}: must be 'pi05'")
+        kind, steps = config.get("type"), config.get("n_obs_steps", 1)
+        _demand(kind == "pi05", "type", kind, "must be 'pi05'")
+        _demand(steps == 1, "n_obs_steps", steps, "must be 1")
         for name in ("use_visual_memory", "use_proprioceptive_memory"):
             if config.get(name):
                 raise ValueError(f"{name}=true: policies with a memory (MEM) are not supported")
-        if config.get("n_obs_steps", 1) != 1:
-            raise ValueError(f"n_obs_steps={config['n_obs_steps']!r}: must be 1")
-        known = {
-            name: value
-            for name, value in config.items()
-            if name in cls.__dataclass_fields__ and name not in _OURS
-        }
+        given = {name: x for name, x in known(cls, config).items() if name not in _OURS}
         for name in ("relative_exclude_joints", "action_feature_names"):
-            if name in known:
-                known[name] = names_of(name, known[name])
-        known["normalization_mapping"] = {
-            **_NORMALISATION,
-            **{k: mode_of(v) for k, v in _object(config, "normalization_mapping").items()},
-        }
+            if name in given:
+                given[name] = names_of(name, given[name])
+        modes = _object(config, "normalization_mapping").items()
+        given["normalization_mapping"] = _NORMALISATION | {k: mode_of(mode) for k, mode in modes}
         features = _object(config, "input_features")
+        cameras = cls.cameras
         if features:
-            known["cameras"] = tuple(
-                name.removeprefix(IMAGES)
-                for name, feature in features.items()
-                if feature.get("type") == "VISUAL"
-            )
-        empty = config.get("empty_cameras", 0)
-        known["cameras"] = _with_empty(known.get("cameras", cls.cameras), empty)
-        known["state_dim"] = _width(features, STATE)
-        known["action_dim"] = _width(_object(config, "output_features"), ACTION)
-        return cls(**known, **_networks(config))
+            seen = [name for name, each in features.items() if each.get("type") == "VISUAL"]
+            cameras = tuple(name.removeprefix(IMAGES) for name in seen)
+        given["cameras"] = _with_empty(cameras, config.get("empty_cameras", 0))
+        given["state_dim"] = _width(features, STATE)
+        given["action_dim"] = _width(_object(config, "output_features"), ACTION)
+        return cls(**given, **_networks(config))
 
     @classmethod
     def _openpi(cls, config: Mapping[str, Any]) -> Pi05Config:
@@ -230,13 +215,15 @@ def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
         ("expert", "action_expert_variant", "gemma_300m"),
     ):
         variant = config.get(name, default)
-        if variant not in VARIANTS:
-            raise ValueError(f"{name}={variant!r}: must be one of {', '.join(VARIANTS)}")
+        _one_of(name, variant, VARIANTS)
         found[part] = _sized(VARIANTS[variant], custom, part)
     vision = _sized(VisionSizes(), custom, "vision")
-    found["vision"] = replace(
-        vision, image_size=_resolution(config.get("image_resolution", (224, 224)), vision)
-    )
+    sides, patch = config.get("image_resolution", (224, 224)), vision.patch_size
+    fits = isinstance(sides, Sequence) and len(sides) == 2
+    fits = fits and all(isinstance(n, int) and n >= patch and n % patch == 0 for n in sides)
+    what = f"must be a height and a width, multiples of {patch}"
+    _demand(fits, "image_resolution", sides, what)
+    found["vision"] = replace(vision, image_size=tuple(sides))
     if "vocab_size" in custom:
         found["vocab_size"] = custom["vocab_size"]
     return found
@@ -252,23 +239,10 @@ def _sized(default: _T, custom: Mapping[str, Any], part: str) -> _T:
         raise ValueError(f"custom_dims.{part}.{error}") from error
 
 
-def _resolution(value: Any, vision: VisionSizes) -> tuple[int, int]:
-    size = vision.patch_size
-    if (
-        not isinstance(value, Sequence)
-        or len(value) != 2
-        or not all(isinstance(side, int) and side >= size and side % size == 0 for side in value)
-    ):
-        raise ValueError(
-            f"image_resolution={value!r}: must be a height and a width, multiples of {size}"
-        )
-    return tuple(value)
-
-
 def _with_empty(cameras: tuple[str, ...], count: Any) -> tuple[str, ...]:
     """Cameras with those appended that are never there, unless they are listed already."""
-    if not isinstance(count, int) or not 0 <= count <= _MOST_CAMERAS:
-        raise ValueError(f"empty_cameras={count!r}: must be an integer from 0 to {_MOST_CAMERAS}")
+    fits = isinstance(count, int) and 0 <= count <= _MOST_CAMERAS
+    _demand(fits, "empty_cameras", count, f"must be an integer from 0 to {_MOST_CAMERAS}")
     empty = tuple(f"empty_camera_{index}" for index in range(count))
     return tuple(name for name in cameras if name not in empty) + empty
 
@@ -285,8 +259,8 @@ def _width(features: Mapping[str, Any], name: str) -> int | None:
 
 def names_of(field: str, value: Any) -> tuple[str, ...]:
     """A list of names."""
-    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{field}={value!r}: must be a list of names")
+    fits = isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+    _demand(fits, field, value, "must be a list of names")
     return tuple(value)
 
 
@@ -297,6 +271,14 @@ def mode_of(value: Any) -> Any:
 
 def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = config.get(name)
-    if found is not None and not isinstance(found, Mapping):
-        raise ValueError(f"{name}={found!r}: must be an object")
+    _demand(found is None or isinstance(found, Mapping), name, found, "must be an object")
     return found or {}
+
+
+def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+    _demand(value in allowed, name, value, f"must be one of {', '.join(allowed)}")
+
+
+def _demand(good: bool, name: str, value: Any, allowed: str) -> None:
+    if not good:
+        raise ValueError(f"{name}={value!r}: {allowed}")

@@ -19,6 +19,7 @@ from mstar.engine.request import Request
 from mstar.errors import InvalidRequest
 from mstar.io.rgb import rgb_of, shown
 from mstar.models.base import Inputs, Model, Setup
+from mstar.models.parameters import demand
 from mstar.models.pi05.attention import KeysValues
 from mstar.models.pi05.config import IMAGES
 from mstar.models.pi05.flow import Steered, Velocity
@@ -32,7 +33,7 @@ __all__ = ["Pi05"]
 
 log = logging.getLogger("mstar")
 _MOST_ROBOTS = 64
-_MOST_TABLED = 64  # steps: at full size 29 MB; the tables of longer flows are not kept
+_MOST_TABLED = 256  # steps: at full size 117 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,7 @@ class Pi05(Model):
         record: of `engine.captured`, on a GPU.
     """
 
+    quantized = r"^(prefix|expert)\.layers\.\d+\."
     options = (
         "statistics",
         "tokenizer",
@@ -80,7 +82,7 @@ class Pi05(Model):
         self.config = policy.config
         self.networks = (policy,)
         self.device = device
-        self._tables: dict[int, Tensor] = {}
+        self._tables: dict[int, Tensor] = {}  # the last one that was used is the last one here
         self.read = Node("read", self._read, max_batch=1)
         self.step = Node("step", self._step)
         self.whole: WholeCall | None = None
@@ -94,15 +96,15 @@ class Pi05(Model):
         not say or say otherwise; those of `Processor`."""
         folder, options = setup.folders["pi05"], dict(setup.options)
         batch = options.pop("batch", 1)
-        if not isinstance(batch, int) or isinstance(batch, bool) or not 1 <= batch <= _MOST_ROBOTS:
-            raise InvalidRequest("batch", batch, f"must be from 1 to {_MOST_ROBOTS}")
+        fits = isinstance(batch, int) and not isinstance(batch, bool)
+        fits = fits and 1 <= batch <= _MOST_ROBOTS
+        demand(fits, "batch", batch, f"must be from 1 to {_MOST_ROBOTS}")
         horizon = options.pop("horizon", None)
-        if horizon is not None and (not isinstance(horizon, int) or horizon < 1):
-            raise InvalidRequest("horizon", horizon, "must be an integer of at least 1")
+        fits = horizon is None or (isinstance(horizon, int) and horizon >= 1)
+        demand(fits, "horizon", horizon, "must be an integer of at least 1")
         config = policy_config(folder, horizon)
         spelled = options.pop("state_in_prompt", config.state_in_prompt)
-        if not isinstance(spelled, bool):
-            raise InvalidRequest("state_in_prompt", spelled, "must be true or false")
+        demand(isinstance(spelled, bool), "state_in_prompt", spelled, "must be true or false")
         config = replace(config, state_in_prompt=spelled)
         processor = Processor.from_folder(folder, config, **options)
         policy = load_policy(
@@ -111,6 +113,7 @@ class Pi05(Model):
             dtype=setup.dtype,
             config=config,
             dummy=setup.dummy,
+            quantization=setup.quantization,
             progress=setup.progress,
         )
         log.info("pi05: %s", processor.assumed)
@@ -139,13 +142,10 @@ class Pi05(Model):
         """Camera -> image, also by lerobot's full names; images in a list go to the cameras in
         their order."""
         names = self.config.cameras
-        if len(images) == 1 and isinstance(images[0], Mapping):
-            given = images[0]
-        elif len(images) > len(names):
-            allowed = f"the policy has {len(names)} cameras: {', '.join(names)}"
-            raise InvalidRequest("images", f"{len(images)} images", allowed)
-        else:
-            given = dict(zip(names, images, strict=False))
+        allowed = f"the policy has {len(names)} cameras: {', '.join(names)}"
+        demand(len(images) <= len(names), "images", f"{len(images)} images", allowed)
+        named = len(images) == 1 and isinstance(images[0], Mapping)
+        given = images[0] if named else dict(zip(names, images, strict=False))
         short = {str(name).removeprefix(IMAGES): image for name, image in given.items()}
         return {name: _decoded(name, image) for name, image in short.items()}
 
@@ -155,8 +155,8 @@ class Pi05(Model):
         if given is None:
             seed = secrets.randbits(63) if params["seed"] is None else params["seed"]
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        if given.shape not in (shape, (1, *shape)):
-            raise InvalidRequest("noise", f"array {given.shape}", f"must be {shape}")
+        fits = given.shape in (shape, (1, *shape))
+        demand(fits, "noise", f"array {given.shape}", f"must be {shape}")
         return torch.from_numpy(given.astype(np.float32)).view(shape)
 
     def _steered(self, params: dict[str, Any], steps: int) -> Steered | None:
@@ -166,17 +166,15 @@ class Pi05(Model):
         previous = torch.from_numpy(left.astype(np.float32))
         if previous.ndim == 3 and len(previous) == 1:
             previous = previous[0]
-        if previous.ndim != 2:
-            shown = f"array {tuple(previous.shape)}"
-            raise InvalidRequest("prev_chunk_left_over", shown, "must be [rows, action_dim]")
+        what = f"array {tuple(previous.shape)}"
+        demand(previous.ndim == 2, "prev_chunk_left_over", what, "must be [rows, action_dim]")
         config, delay = self.config, params["inference_delay"] or 0
         size = {"horizon": config.chunk_size, "actions": config.max_action_dim}
         mode = params["rtc_mode"] or ("trained" if config.rtc_training_max_delay else "guided")
         rtc = {**config.rtc, **{name: value for name, value in params.items() if value is not None}}
         if mode == "trained":
             most = config.rtc_training_max_delay
-            if not most:
-                raise InvalidRequest("rtc_mode", mode, "the policy was not trained for it")
+            demand(most > 0, "rtc_mode", mode, "the policy was not trained for it")
             prefix = trained(previous, delay=delay, max_delay=most, **size)
             return prefix if delay else None
         return guided(
@@ -211,21 +209,18 @@ class Pi05(Model):
         x = plan.noise.unsqueeze(0)
         for index in range(plan.steps):
             x = await self.step(_Step(velocity, x, index, -1.0 / plan.steps))
-        if plan.steered is not None:
-            x = plan.steered.finish(x)
-        actions = x[0].numpy()
+        actions = (x if plan.steered is None else plan.steered.finish(x))[0].numpy()
         if plan.raw:
             return actions[:, : self.processor.action_dim].copy()
         return self.processor.finish(actions, plan.seen.state)
 
     def _table(self, steps: int) -> Tensor:
-        if steps not in self._tables:
-            if steps > _MOST_TABLED:
-                return self.policy.table(steps)
-            if len(self._tables) > 8:
-                self._tables.clear()
-            self._tables[steps] = self.policy.table(steps)
-        return self._tables[steps]
+        """`Policy.table`; the last one is kept, and others as far as there is room."""
+        tables = self._tables
+        tables[steps] = found = tables.pop(steps) if steps in tables else self.policy.table(steps)
+        while len(tables) > 1 and sum(tables) > _MOST_TABLED:
+            del tables[next(iter(tables))]
+        return found
 
     def _read(self, batch: list[Prepared]) -> list[KeysValues]:
         return [self.policy.read(seen.images.to(self.device), seen.ids) for seen in batch]

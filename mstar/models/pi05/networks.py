@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mstar.engine.layers.quantized import Quantization
 from mstar.engine.weights import Source, load, randomize
 from mstar.errors import WeightsError
 from mstar.models.pi05.attention import KeysValues
@@ -179,6 +180,7 @@ def load_policy(
     config: Pi05Config | None = None,
     dummy: bool = False,
     whole: bool = False,
+    quantization: Quantization | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Policy:
     """A policy with its weights, or with random ones if it is a `dummy`.
@@ -187,6 +189,7 @@ def load_policy(
         dtype: of all but the norms and `FlowHeads`, which are float32.
         config: `policy_config(folder)` if left out.
         whole: see `Policy`.
+        quantization: see `mstar.engine.weights.load`.
 
     Raises:
         WeightsError: a file is missing or wrong, or lacks a tensor.
@@ -199,7 +202,8 @@ def load_policy(
     checkpoint = None if dummy else Published(folder)
     for module, kind in parts:
         if dummy:
-            randomize(module, device=device, dtype=kind)
+            randomize(module, device=device, dtype=kind, quantization=quantization)
         else:
-            load(module, checkpoint, device=device, dtype=kind, progress=progress)
+            how = {"quantization": quantization, "progress": progress}
+            load(module, checkpoint, device=device, dtype=kind, **how)
     return policy.eval()

@@ -10,7 +10,7 @@ import numpy as np
 from mstar.errors import InvalidRequest
 from mstar.models.arrays import as_array
 
-__all__ = ["flat", "numbers", "slashed"]
+__all__ = ["flat", "numbers", "slashed", "split"]
 
 
 def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -33,6 +33,33 @@ def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None
 
     visit("", observation)
     return found
+
+
+def split(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The observations of a batch: images `[batch, ...]`, and lists and arrays of as many rows;
+    what has no rows is every one's. Without such images, or with one of each, it is one.
+
+    Raises:
+        InvalidRequest: a value has another number of rows.
+    """
+    values = flat(batch)
+    count = max((len(x) for x in values.values() if getattr(x, "ndim", 0) == 4), default=1)
+    if count == 1:
+        return [batch]
+    for key, value in values.items():
+        if _has_rows(value) and len(value) != count:
+            raise InvalidRequest(key, f"{len(value)} rows", f"must be {count}, as of images")
+
+    def one(value: Any, row: int) -> Any:
+        if isinstance(value, Mapping):
+            return {key: one(each, row) for key, each in value.items()}
+        return value[row] if _has_rows(value) else value
+
+    return [one(batch, row) for row in range(count)]
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
 
 
 def numbers(field: str, value: Any, dtype: type = np.float64) -> np.ndarray:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mstar.errors import InvalidRequest
+from mstar.models.arrays import as_array
 from mstar.models.control.action_queue import lengthened
 from mstar.models.control.pending import Pending
-from mstar.models.parameters import positive
+from mstar.models.parameters import demand, positive
+from mstar.models.pi05.observation import split
 from mstar.models.pi05.robots import Robot
 
 __all__ = ["RobotPolicy"]
@@ -48,8 +49,8 @@ class RobotPolicy:
         self.config = model.config
         found = model.robot(robot)
         self._check_fits(found)
-        if not isinstance(rename, Mapping | None):
-            raise InvalidRequest("rename", rename, "must be a map from names to names")
+        fits = isinstance(rename, Mapping | None)
+        demand(fits, "rename", rename, "must be a map from names to names")
         self.robot = replace(found, rename={**found.rename, **(rename or {})})
         self._queue: deque[np.ndarray] = deque()
 
@@ -204,25 +205,24 @@ class RobotPolicy:
     def _check_fits(self, robot: Robot) -> None:
         """A policy of another robot would move this one wrongly."""
         cameras, dims = self.config.cameras, self.processor.action_dim
-        if unknown := [name for name in robot.images if name not in cameras]:
-            allowed = f"has cameras {', '.join(unknown)}; the policy has {', '.join(cameras)}"
-            raise InvalidRequest("robot", robot.name, allowed)
-        if (robot.action_dim or 0) > dims:
-            allowed = f"takes {robot.action_dim} numbers an action; the policy makes {dims}"
-            raise InvalidRequest("robot", robot.name, allowed)
-        if len(robot.delta) > (most := robot.action_dim or dims):
-            raise InvalidRequest("robot.delta", list(robot.delta), f"at most {most}, one an action")
+        unknown = ", ".join(name for name in robot.images if name not in cameras)
+        allowed = f"has cameras {unknown}; the policy has {', '.join(cameras)}"
+        demand(not unknown, "robot", robot.name, allowed)
+        allowed = f"takes {robot.action_dim} numbers an action; the policy makes {dims}"
+        demand((robot.action_dim or 0) <= dims, "robot", robot.name, allowed)
+        most, delta = robot.action_dim or dims, list(robot.delta)
+        demand(len(delta) <= most, "robot.delta", delta, f"at most {most}, one an action")
 
     # -- lerobot's names -----------------------------------------------------------------------
 
     def select_action(
         self, batch: Mapping[str, Any], *, raw: bool = False, **params: Any
     ) -> np.ndarray:
-        """The next action, `[1, action_dim]`; a new chunk is inferred when the last one's
+        """The next action, `[batch, action_dim]`; new chunks are inferred when the last ones'
         `n_action_steps` rows are used up.
 
         Args:
-            batch: an observation; values may have a batch dimension of 1.
+            batch: one observation, or several; see `observation.split`.
             raw: in the model's normalised space, as lerobot's own method gives it, and not for
                 the robot.
             **params: as for `infer`.
@@ -230,21 +230,16 @@ class RobotPolicy:
         Raises:
             InvalidRequest: see `infer`; or real-time chunking is on, which this does not know.
         """
-        if self.config.rtc["enabled"]:
-            raise InvalidRequest(
-                "rtc_config",
-                dict(self.config.rtc_config),
-                "select_action knows no real-time chunking: use PolicyRunner, or "
-                "predict_action_chunk",
-            )
-        if params.get("prev_chunk_left_over") is not None:
-            raise InvalidRequest(
-                "prev_chunk_left_over", "given", "is for predict_action_chunk, not select_action"
-            )
+        allowed = "select_action knows no real-time chunking: use PolicyRunner, or "
+        allowed += "predict_action_chunk"
+        demand(not self.config.rtc["enabled"], "rtc_config", self.config.rtc_config, allowed)
+        plain = params.get("prev_chunk_left_over") is None
+        allowed = "is for predict_action_chunk, not select_action"
+        demand(plain, "prev_chunk_left_over", "given", allowed)
         if not self._queue:
-            actions = self.infer(batch, raw=raw, **params)["actions"]
-            self._queue.extend(actions[: self.config.n_action_steps])
-        return self._queue.popleft()[None]
+            chunks = self._infer_each(batch, raw, params)
+            self._queue.extend(chunks.swapaxes(0, 1)[: self.config.n_action_steps])
+        return self._queue.popleft()
 
     def predict_action_chunk(
         self,
@@ -255,13 +250,13 @@ class RobotPolicy:
         execution_horizon: int | None = None,
         **params: Any,
     ) -> np.ndarray:
-        """A chunk in the model's normalised space, `[1, horizon, action_dim]`.
+        """Chunks in the model's normalised space, `[batch, horizon, action_dim]`.
 
         Args:
-            batch: an observation; values may have a batch dimension of 1.
+            batch: one observation, or several; see `observation.split`.
             inference_delay: control steps until the chunk arrives.
-            prev_chunk_left_over: what is left of the last one, `[rows, action_dim]`, with or
-                without a batch dimension of 1; None, or no rows, for plain sampling.
+            prev_chunk_left_over: what is left of the last ones, `[rows, action_dim]` or `[batch,
+                rows, action_dim]`; None, or no rows, for plain sampling.
             execution_horizon: rows that it reaches; by default the checkpoint's.
             **params: as for `infer`.
         """
@@ -271,4 +266,25 @@ class RobotPolicy:
                 "inference_delay": inference_delay or 0,
                 "execution_horizon": execution_horizon,
             }
-        return self.infer(batch, **{**params, "raw": True})["actions"][None]
+        return self._infer_each(batch, True, params)
+
+    def _infer_each(
+        self, batch: Mapping[str, Any], raw: bool, params: Mapping[str, Any]
+    ) -> np.ndarray:
+        """Chunks `[batch, horizon, action_dim]` of the observations of a batch."""
+        observations = split(batch)
+        each = [dict(params) for _ in observations]
+        for name in ("noise", "prev_chunk_left_over"):
+            given = None if params.get(name) is None else as_array(params[name])
+            if len(each) > 1 and given is not None and given.ndim == 3 and len(given) == len(each):
+                for own, row in zip(each, given, strict=True):
+                    own[name] = row
+        pending: list[Pending] = []
+        try:
+            for observation, own in zip(observations, each, strict=True):
+                pending.append(self.begin(observation, **{**own, "raw": raw}))
+            chunks = [each.result() for each in pending]
+        finally:
+            for each in pending:
+                each.cancel()
+        return np.stack([chunk.original if raw else chunk.actions for chunk in chunks])

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.control.action_queue import lengthened
+from mstar.models.parameters import demand
 from mstar.models.pi05.config import ACTION, MODES, STATE, Pi05Config
-from mstar.models.pi05.images import model_image
+from mstar.models.pi05.images import model_images
 from mstar.models.pi05.normalise import Normalizer, relative_mask
 from mstar.models.pi05.observation import numbers
 from mstar.models.pi05.prompt import Tokenizer
@@ -68,15 +69,11 @@ class Processor:
         resize: str | None = None,
         state_padded_prompt: bool = False,
     ) -> None:
-        if resize not in (None, *RULES):
-            raise InvalidRequest("resize", resize, f"must be one of {', '.join(RULES)}")
-        if not isinstance(state_padded_prompt, bool):
-            field = "state_padded_prompt"
-            raise InvalidRequest(field, state_padded_prompt, "must be true or false")
-        if tokenizer.size > config.vocab_size:
-            raise WeightsError(
-                f"the tokenizer has {tokenizer.size} ids, and the policy {config.vocab_size}"
-            )
+        demand(resize in (None, *RULES), "resize", resize, f"must be one of {', '.join(RULES)}")
+        padded = state_padded_prompt
+        demand(isinstance(padded, bool), "state_padded_prompt", padded, "must be true or false")
+        if (size := tokenizer.size) > config.vocab_size:
+            raise WeightsError(f"the tokenizer has {size} ids, and the policy {config.vocab_size}")
         processors = processors or Processors()
         self.config, self.tokenizer = config, tokenizer
         self.openpi = config.layout == "openpi"
@@ -97,16 +94,13 @@ class Processor:
             )
         )
         self.action_dim = self._action_dim()
-        if config.state_dim is not None and self.of_state.dims not in (None, config.state_dim):
-            found = self.of_state.dims
-            raise WeightsError(
-                f"statistics of {found} state dims, for a policy of {config.state_dim}"
-            )
+        dims, want = self.of_state.dims, config.state_dim
+        if want is not None and dims not in (None, want):
+            raise WeightsError(f"statistics of {dims} state dims, for a policy of {want}")
+        relative, exclude = processors.relative, processors.exclude
         self.relative: np.ndarray | None = None
-        if processors.relative if processors.relative is not None else config.use_relative_actions:
-            exclude = processors.exclude
-            if exclude is None:
-                exclude = config.relative_exclude_joints
+        if config.use_relative_actions if relative is None else relative:
+            exclude = config.relative_exclude_joints if exclude is None else exclude
             names = processors.names or config.action_feature_names
             self.relative = relative_mask(self.action_dim, exclude, names)
 
@@ -174,21 +168,19 @@ class Processor:
         """Lay an observation out for the networks.
 
         Args:
-            images: camera -> image (see `images.model_image`); those left out are masked.
+            images: camera -> image (see `images.model_images`); those left out are masked.
             state: in robot units, `[dims]`.
             task: in words.
 
         Raises:
             InvalidRequest: something is missing, or has another shape.
         """
-        if task is None:
-            raise InvalidRequest("text", None, "the task is missing")
+        demand(task is not None, "text", None, "the task is missing")
         cameras = self._cameras(images)
         state = self._state(state)
         normalised = self.of_state.forward(state)
-        target, rule = self.config.vision.image_size, self.resize
-        seen = [model_image(f"images.{name}", images[name], target, rule) for name in cameras]
-        stacked = torch.stack([image.to(seen[0].device) for image in seen])
+        named = {f"images.{name}": images[name] for name in cameras}
+        stacked = model_images(named, self.config.vision.image_size, self.resize)
         if stacked.is_cuda:  # the engine's thread does not know the caller's stream
             torch.cuda.current_stream(stacked.device).synchronize()
         ids = torch.tensor(self._ids(task, normalised))
@@ -202,9 +194,7 @@ class Processor:
             state: `Prepared.state`.
         """
         found = self.of_actions.inverse(actions[:, : self.action_dim])
-        if self.relative is not None:
-            found = found + self.base(state)
-        return found
+        return found if self.relative is None else found + self.base(state)
 
     def finish_on(self, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
         """`finish` for tensors on a device, of actions and `base`: the same bits."""
@@ -240,38 +230,29 @@ class Processor:
 
     def _cameras(self, images: Mapping[str, Any]) -> tuple[str, ...]:
         known = self.config.cameras
-        unknown = [name for name in images if name not in known]
+        unknown = ", ".join(str(name) for name in images if name not in known)
         found = tuple(name for name in known if images.get(name) is not None)
-        if unknown or not found:
-            what = (
-                f"there is no camera {', '.join(map(str, unknown))}" if unknown else "there is none"
-            )
-            raise InvalidRequest(
-                "images", list(images), f"{what}; at least one of {', '.join(known)} is needed"
-            )
+        what = f"there is no camera {unknown}" if unknown else "there is none"
+        what += f"; at least one of {', '.join(known)} is needed"
+        demand(bool(found) and not unknown, "images", list(images), what)
         return found
 
     def _state(self, state: Any) -> np.ndarray:
-        if state is None:
-            raise InvalidRequest("robot_state", None, "is missing")
+        demand(state is not None, "robot_state", None, "is missing")
         found = numbers("robot_state", state, self.dtype)
         want = self.config.state_dim if self.of_state.dims is None else self.of_state.dims
-        fits = len(found) <= self.config.max_state_dim
-        if self.openpi and want is not None:
-            fits = len(found) <= want
-        elif want is not None:
-            fits = len(found) == want
-        if not fits or not len(found):
-            most = want if want is not None else f"1 to {self.config.max_state_dim}"
-            raise InvalidRequest("robot_state", f"{len(found)} numbers", f"must be {most} numbers")
+        most = self.config.max_state_dim if want is None else want
+        least = 1 if want is None or self.openpi else want
+        what = f"must be {f'1 to {most}' if want is None else want} numbers"
+        demand(least <= len(found) <= most, "robot_state", f"{len(found)} numbers", what)
         return found
 
     def _ids(self, task: str, normalised: np.ndarray) -> list[int]:
         if not self.config.state_in_prompt:
             return self.tokenizer.without_state(task)
+        missing = max(0, self.config.max_state_dim - len(normalised))
         if self.state_padded_prompt:
-            padding = max(0, self.config.max_state_dim - len(normalised))
-            normalised = np.pad(normalised, (0, padding))
+            normalised = np.pad(normalised, (0, missing))
         return self.tokenizer.with_state(task, normalised)
 
     def _action_dim(self) -> int:

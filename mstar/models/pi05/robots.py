@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest
-from mstar.models.parameters import positive
+from mstar.models.parameters import demand, positive
 from mstar.models.pi05 import aloha
 from mstar.models.pi05.config import IMAGES, OPENPI_CAMERAS, STATE, Pi05Config
 from mstar.models.pi05.images import image_faults
@@ -78,25 +78,24 @@ class Robot:
         for name in ("images", "state", "rename"):
             given, kinds = getattr(self, name), (int, type(None)) if name == "state" else str
             pairs = given.items() if isinstance(given, Mapping) else [(None, None)]
-            if not all(isinstance(k, str) and isinstance(v, kinds) for k, v in pairs):
-                what = "numbers, or None for any number" if name == "state" else "names"
-                raise InvalidRequest(f"robot.{name}", given, f"must be a map from names to {what}")
-        if not self.images:
-            raise InvalidRequest("robot.images", self.images, "must have a camera")
+            fits = all(isinstance(k, str) and isinstance(v, kinds) for k, v in pairs)
+            what = "numbers, or None for any number" if name == "state" else "names"
+            demand(fits, f"robot.{name}", given, f"must be a map from names to {what}")
+        demand(bool(self.images), "robot.images", self.images, "must have a camera")
         for name in ("required", "unused", "delta", "reset_pose"):
             given = getattr(self, name)
-            if isinstance(given, str) or not isinstance(given, Iterable):
-                raise InvalidRequest(f"robot.{name}", given, "must be a list")
+            fits = isinstance(given, Iterable) and not isinstance(given, str)
+            demand(fits, f"robot.{name}", given, "must be a list")
             object.__setattr__(self, name, tuple(given))
         for name in ("action_dim", "run"):
             given = getattr(self, name)
-            if given is not None and (not isinstance(given, int) or given < 1):
-                raise InvalidRequest(f"robot.{name}", given, "must be at least 1, or None")
+            fits = given is None or (isinstance(given, int) and given >= 1)
+            demand(fits, f"robot.{name}", given, "must be at least 1, or None")
         if self.fps is not None:
             positive("robot.fps", self.fps, 1e4)
-        if unknown := [camera for camera in self.required if camera not in self.images]:
-            allowed = f"must be of images, which has {', '.join(self.images)}"
-            raise InvalidRequest("robot.required", unknown[0], allowed)
+        allowed = f"must be of images, which has {', '.join(self.images)}"
+        for camera in self.required:
+            demand(camera in self.images, "robot.required", camera, allowed)
 
     def observe(self, observation: Mapping[str, Any]) -> Observed:
         """Pick out what the policy needs. Keys that nobody knows are ignored, but for images.
@@ -149,9 +148,9 @@ class Robot:
         state = np.concatenate(parts) if parts else None
         if state is not None and self.encode_state is not None:
             state = self.encode_state(state)
-        if (count := 0 if state is None else len(state)) < len(self.delta):
-            allowed = f"{len(self.delta)} actions are relative to it"
-            raise InvalidRequest("robot_state", f"{count} numbers", allowed)
+        count, least = 0 if state is None else len(state), len(self.delta)
+        allowed = f"{least} actions are relative to it"
+        demand(count >= least, "robot_state", f"{count} numbers", allowed)
         return Observed(images, state, None if prompt is None else str(prompt))
 
     def act(self, actions: np.ndarray, state: np.ndarray | None) -> np.ndarray:
@@ -242,14 +241,13 @@ def robot_for(robot: Any, *, deltas: bool = True) -> Robot:
     given = dict(robot) if isinstance(robot, Mapping) else {"preset": robot}
     name, adapt = given.pop("preset", None), given.pop("adapt", True)
     known = [each.name for each in fields(Robot)]
-    if unknown := [key for key in given if key not in known]:
+    for key, value in given.items():
         allowed = f"unknown; there are preset, adapt, {', '.join(known)}"
-        raise InvalidRequest(f"robot.{unknown[0]}", given[unknown[0]], allowed)
+        demand(key in known, f"robot.{key}", value, allowed)
     if name is None and given:
         return Robot(**{"name": "custom", "images": {}, "state": {}, **given})
-    if not isinstance(name, str) or name not in PRESETS:
-        allowed = f"must be one of {', '.join(PRESETS)}, or a Robot, or a map of its fields"
-        raise InvalidRequest("robot", name, allowed)
+    allowed = f"must be one of {', '.join(PRESETS)}, or a Robot, or a map of its fields"
+    demand(isinstance(name, str) and name in PRESETS, "robot", name, allowed)
     found = PRESETS[name] if deltas else replace(PRESETS[name], delta=())
     if not adapt:
         found = replace(found, encode_state=None, decode_actions=None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mstar.errors import InvalidRequest
+from mstar.models.parameters import demand
 from mstar.models.pi05.flow import Velocity
 from mstar.models.pi05.timestep import flow_times
 
@@ -32,21 +32,18 @@ _FALLS: dict[str, Callable[[float], float]] = {
 class Guided:
     """Pulls the flow towards an earlier chunk, the first actions more than later ones.
 
-    The paper's correction goes through the Jacobian of the predicted actions; lerobot takes the
-    identity for it, and so is the default here: no backward pass.
+    The paper's correction goes through the Jacobian of the predicted actions; lerobot, and so this,
+    takes the identity for it: no backward pass.
 
     Args:
         previous: float32 `[batch or 1, horizon, actions]`.
         weights: float32 `[batch or 1, horizon]`; all zero for no guidance at all.
         gains: of each step, float32 `[batch or 1, steps]`.
-        jacobian: the paper's correction. The velocity must be differentiable: that of
-            `PlainPolicy`, with weights that were not loaded in inference mode.
     """
 
     previous: Tensor
     weights: Tensor
     gains: Tensor
-    jacobian: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -60,20 +57,9 @@ class Guided:
             raise ValueError(f"gains of {self.gains.shape[1]} steps, for {steps}")
 
         def steered(x: Tensor, step: int, clean: Tensor | None = None) -> Tensor:
-            if self.jacobian:
-                return through_jacobian(x, step)
             v = velocity(x, step)
             error = (self.previous - (x - times[step] * v)) * weights
             return v - self.gains[:, step, None, None] * error
-
-        def through_jacobian(x: Tensor, step: int) -> Tensor:
-            with torch.inference_mode(False), torch.enable_grad():
-                x = x.clone().requires_grad_()
-                v = velocity(x, step)
-                actions = x - times[step] * v
-                error = (self.previous - actions.detach()) * weights
-                (correction,) = torch.autograd.grad(actions, x, error.clone())
-            return v.detach() - self.gains[:, step, None, None] * correction
 
         return steered
 
@@ -118,7 +104,6 @@ def guided(
     schedule: str = "LINEAR",
     execution_horizon: int = 10,
     max_weight: float = 10.0,
-    jacobian: bool = False,
 ) -> Guided:
     """Guidance by what is left of the last chunk.
 
@@ -139,12 +124,8 @@ def guided(
     weights = prefix_weights(horizon, delay, min(execution_horizon, previous.shape[-2]), schedule)
     gains = guidance_gains(steps, max_weight)
     device = whole.device
-    return Guided(
-        whole,
-        torch.tensor([weights], device=device),
-        torch.tensor([gains], device=device),
-        jacobian,
-    )
+    weights, gains = (torch.tensor([each], device=device) for each in (weights, gains))
+    return Guided(whole, weights, gains)
 
 
 def trained(
@@ -161,17 +142,13 @@ def trained(
     Raises:
         InvalidRequest: the policy was not trained for it, or the chunk is too short.
     """
-    if not 0 <= delay <= max_delay:
-        raise InvalidRequest(
-            "inference_delay", delay, f"the policy was trained for 0 to {max_delay}"
-        )
-    if delay >= horizon:
-        raise InvalidRequest("inference_delay", delay, f"must be below the horizon of {horizon}")
-    if previous.shape[-2] < delay:
-        shown = f"{previous.shape[-2]} rows"
-        raise InvalidRequest("prev_chunk_left_over", shown, f"needs {delay}, the delay")
-    if not previous[..., :delay, :].isfinite().all():
-        raise InvalidRequest("prev_chunk_left_over", "given", "must be finite")
+    trained = 0 <= delay <= max_delay
+    demand(trained, "inference_delay", delay, f"the policy was trained for 0 to {max_delay}")
+    demand(delay < horizon, "inference_delay", delay, f"must be below the horizon of {horizon}")
+    rows, field = previous.shape[-2], "prev_chunk_left_over"
+    demand(rows >= delay, field, f"{rows} rows", f"needs {delay}, the delay")
+    finite = bool(previous[..., :delay, :].isfinite().all())
+    demand(finite, field, "given", "must be finite")
     clean = torch.arange(horizon, device=previous.device) < delay
     return HardPrefix(padded(previous, horizon, actions), clean.unsqueeze(0))
 
@@ -183,9 +160,8 @@ def prefix_weights(horizon: int, delay: int, end: int, schedule: str = "LINEAR")
         delay: actions that will have been executed: weight 1.
         end: actions from here on are free.
     """
-    fall = _FALLS.get(schedule)
-    if fall is None:
-        raise InvalidRequest("schedule", schedule, f"must be one of {', '.join(_FALLS)}")
+    demand(schedule in _FALLS, "schedule", schedule, f"must be one of {', '.join(_FALLS)}")
+    fall = _FALLS[schedule]
     start = max(0, min(delay, end))
     between = [fall(1 - (index + 1) / (end - start + 1)) for index in range(end - start)]
     return ([1.0] * start + between + [0.0] * horizon)[:horizon]
@@ -194,12 +170,12 @@ def prefix_weights(horizon: int, delay: int, end: int, schedule: str = "LINEAR")
 def guidance_gains(steps: int, max_weight: float = 10.0) -> list[float]:
     """min(max_weight, (1 - tau) / tau / r^2) of every step, r^2 = (1 - tau)^2 / (tau^2 +
     (1 - tau)^2), with tau = 1 - t (equations 2 and 4)."""
-    gains = []
-    for t in flow_times(steps):
+
+    def gain(t: float) -> float:
         tau = 1 - t
-        gain = math.inf if tau == 0 else (t / tau) * (t**2 + tau**2) / t**2
-        gains.append(min(max_weight, gain))
-    return gains
+        return math.inf if tau == 0 else (t / tau) * (t**2 + tau**2) / t**2
+
+    return [min(max_weight, gain(t)) for t in flow_times(steps)]
 
 
 def padded(chunk: Tensor, horizon: int, actions: int) -> Tensor:
@@ -209,9 +185,8 @@ def padded(chunk: Tensor, horizon: int, actions: int) -> Tensor:
         InvalidRequest: it is larger than that.
     """
     rows = chunk if chunk.ndim == 3 else chunk.unsqueeze(0)
-    if rows.ndim != 3 or rows.shape[1] > horizon or rows.shape[2] > actions:
-        shown = list(chunk.shape)
-        raise InvalidRequest("prev_chunk_left_over", shown, f"at most [{horizon}, {actions}]")
+    fits = rows.ndim == 3 and rows.shape[1] <= horizon and rows.shape[2] <= actions
+    demand(fits, "prev_chunk_left_over", list(chunk.shape), f"at most [{horizon}, {actions}]")
     out = rows.new_zeros(len(rows), horizon, actions, dtype=torch.float32)
     out[:, : rows.shape[1], : rows.shape[2]] = rows
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mstar.models.fields import check_sizes
+from mstar.models.fields import check_fields
 
 __all__ = ["VARIANTS", "GemmaSizes", "VisionSizes"]
 
@@ -26,8 +26,7 @@ class VisionSizes:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        values = vars(self)
-        check_sizes(values, [n for n in values if n not in ("image_size", "layer_norm_eps")])
+        check_fields(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size}: must be a multiple of the "
@@ -66,7 +65,7 @@ class GemmaSizes:
     head_dim: int
 
     def __post_init__(self) -> None:
-        check_sizes(vars(self), vars(self))
+        check_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads}: must divide the {self.num_heads} heads"

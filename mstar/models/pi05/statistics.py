@@ -84,8 +84,8 @@ def read_processors(folder: Path) -> Processors:
 def _processors(folder: Path) -> Processors:
     before = _steps(folder, "policy_preprocessor.json")
     after = _steps(folder, "policy_postprocessor.json")
-    normalise, restore = before.get("normalizer_processor"), after.get("unnormalizer_processor")
-    state, action = _tables(folder, normalise)["state"], _tables(folder, restore)["action"]
+    state = _table(folder, before.get("normalizer_processor"), STATE)
+    action = _table(folder, after.get("unnormalizer_processor"), ACTION)
     config = _config(before, "normalizer_processor")
     tokenize = _config(before, "tokenizer_processor")
     artifacts = before.get("tokenizer_processor", {}).get("artifacts") or {}
@@ -173,19 +173,18 @@ def _steps(folder: Path, name: str) -> dict[str, dict[str, Any]]:
         raise WeightsError(f"cannot use {file}: {error}") from error
 
 
-def _tables(folder: Path, step: Mapping[str, Any] | None) -> dict[str, Table | None]:
-    """State and action in the state file of a step."""
+def _table(folder: Path, step: Mapping[str, Any] | None, feature: str) -> Table | None:
+    """A feature's in the state file of a step."""
     name = (step or {}).get("state_file")
     if name is None:
-        return {"state": None, "action": None}
+        return None
     file = folder / name
     if file.parent != folder or not file.is_file():
         raise WeightsError(f"there is no {file}, which a processor file names")
     try:
-        content = _flat(file)
-    except Exception as error:
+        return _flat(file).get(feature)
+    except Exception as error:  # the file is a stranger's
         raise WeightsError(f"cannot read {file}: {error}") from error
-    return {"state": content.get(STATE), "action": content.get(ACTION)}
 
 
 def _flat(file: Path) -> dict[str, dict[str, np.ndarray]]:

@@ -19,8 +19,7 @@ _PATCHES = "embeddings.patch_embedding.weight"
 class VisionTower(Siglip):
     """Images -> features."""
 
-    def __init__(self, config: VisionSizes) -> None:
-        super().__init__(config)
+    config: VisionSizes
 
     def sources(self, name: str) -> Sequence[Source]:
         """Where parameter `name` is in a checkpoint; it embeds patches by a convolution."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.packed import packed_attention
+from mstar.engine.layers.residual import normed
 from mstar.engine.weights import Source
 from mstar.models.qwen3_omni.decoder import apart
 from mstar.models.qwen3_omni.sizes import AudioConfig
@@ -46,9 +47,14 @@ class _Layer(nn.Module):
         self.fc1 = nn.Linear(size, inner)
         self.fc2 = nn.Linear(inner, size)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x), lengths)
-        return x + _apply(self.fc2, F.gelu(_apply(self.fc1, self.final_layer_norm(x))))
+    def forward(
+        self, x: Tensor, added: Tensor | None, lengths: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """What leaves is the residual stream and what is still to be added to it; what comes too,
+        so that a norm takes the addition along."""
+        h, x = normed(self.self_attn_layer_norm, x, added)
+        h, x = normed(self.final_layer_norm, self.self_attn(h, lengths), x)
+        return x, _apply(self.fc2, F.gelu(_apply(self.fc1, h)))
 
 
 class AudioEncoder(nn.Module):
@@ -94,9 +100,10 @@ class AudioEncoder(nn.Module):
         for frames in lengths:
             whole, rest = divmod(self.config.tokens(frames), self.config.window)
             windows += [self.config.window] * whole + [rest] * (rest > 0)
+        added = None
         for layer in self.layers:
-            x = layer(x, windows)
-        x = F.gelu(_apply(self.proj1, self.ln_post(x)))
+            x, added = layer(x, added, windows)
+        x = F.gelu(_apply(self.proj1, normed(self.ln_post, x, added)[0]))
         return _apply(self.proj2, x)
 
     def _shrunk(self, features: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -8,12 +8,13 @@ whole frame can be captured as one graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.kernels.rotary_store import rotary_store
+from mstar.engine.kernels.rotary_store import paired_angles, rotary_store
 from mstar.engine.layers.attention import Projected
 from mstar.engine.layers.linear import linear
 from mstar.engine.weights import Source
@@ -107,25 +108,21 @@ class Sequences:
         self.length = 0
         shape = layout.layers, size, length, layout.kv_heads, layout.head_dim
         self._keys, self._values = like.new_empty(shape), like.new_empty(shape)
-        places = torch.arange(length, device=like.device).expand(size, -1)
-        slots = places + torch.arange(size, device=like.device)[:, None] * length
-        # Of the first two tokens, of the third, ...: their slots and their angles.
-        self._steps = [
-            (slots[:, rows].flatten(), *decoder.rotary.angles(places[:, rows].flatten()))
-            for rows in (slice(0, 2), *(slice(k, k + 1) for k in range(2, length)))
-        ]
+        self._plans: dict[int, list[_Step]] = {}
 
     def begin(self, count: int) -> Sequences:
         """Forget all, and go on with `count` empty sequences."""
         self.count, self.length = count, 0
+        if count not in self._plans:
+            self._plans[count] = self._planned(count)
         return self
 
     def extend(self, x: Tensor) -> Tensor:
         """Normed hidden states `[count * new, hidden]` of new tokens of every sequence: two at
         first, and then one at a time."""
-        self._slots, *angles = (rows[: len(x)] for rows in self._steps[max(self.length - 1, 0)])
-        self.length += len(x) // self.count
-        return self.decoder(x, context=self, angles=angles)[0]
+        self._step = self._plans[self.count][max(self.length - 1, 0)]
+        self.length += x.shape[0] // self.count
+        return self.decoder(x, context=self, angles=self._step.angles)[0]
 
     def attend(
         self,
@@ -137,10 +134,41 @@ class Sequences:
     ) -> Tensor:
         """See `AttentionContext.attend`."""
         ((qkv, norms),) = parts
-        pages = self._keys[layer], self._values[layer]
-        q = rotary_store(qkv, *angles, *pages, self._slots, heads, kv_heads, norms)
-        q = q.unflatten(0, (self.count, -1)).transpose(1, 2)
-        k, v = (rows[: self.count, : self.length].transpose(1, 2) for rows in pages)
-        causal = q.shape[2] > 1  # then these are the first tokens
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        pages, step, count = (self._keys[layer], self._values[layer]), self._step, self.count
+        q = rotary_store(qkv, *angles, *pages, step.slots, heads, kv_heads, norms)
+        (tokens, _, dim), (k, v) = q.shape, step.seen[layer]
+        if tokens == count:  # the heads of a group take the place of tokens
+            q = q.view(count, kv_heads, -1, dim)
+            return F.scaled_dot_product_attention(q, k, v).reshape(count, heads * dim)
+        q = q.unflatten(0, (count, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def _planned(self, count: int) -> list[_Step]:
+        """Of the first two tokens, of the third, ..."""
+        length, device = self._keys.shape[2], self._keys.device
+        places = torch.arange(length, device=device).expand(count, -1)
+        slots = places + torch.arange(count, device=device)[:, None] * length
+        layers = list(zip(self._keys[:, :count], self._values[:, :count], strict=True))
+        return [
+            _Step(
+                slots[:, rows].flatten(),
+                paired_angles(*self.decoder.rotary.angles(places[:, rows].flatten())),
+                [tuple(x[:, : rows.stop].transpose(1, 2) for x in layer) for layer in layers],
+            )
+            for rows in (slice(0, 2), *(slice(k, k + 1) for k in range(2, length)))
+        ]
+
+
+class _Step(NamedTuple):
+    """What is the same whenever so many sequences get tokens of one place.
+
+    Attributes:
+        slots: of the new tokens `[count * new]`.
+        angles: theirs.
+        seen: of each layer, keys and values up to here, `[count, kv_heads, length, head_dim]`.
+    """
+
+    slots: Tensor
+    angles: tuple[Tensor, Tensor]
+    seen: list[tuple[Tensor, Tensor]]

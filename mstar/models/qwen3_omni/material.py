@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -62,10 +63,16 @@ class Material:
 
 
 class Reader:
-    """Reads media as the parameters of a request ask for it."""
+    """Reads media as the parameters of a request ask for it.
 
-    def __init__(self, config: ThinkerConfig, params: dict[str, Any]) -> None:
-        self._config = config
+    Args:
+        device: of the model: images are resized there.
+    """
+
+    def __init__(
+        self, config: ThinkerConfig, params: dict[str, Any], device: torch.device | None = None
+    ) -> None:
+        self._config, self._device = config, device
         self._images = PixelRule(params["min_pixels"], params["max_pixels"])
         self._videos = PixelRule(params["video_min_pixels"], params["video_max_pixels"])
         self._sampling = Sampling(params["fps"], params["min_frames"], params["max_frames"])
@@ -80,7 +87,7 @@ class Reader:
             InvalidRequest: it cannot be read, or served.
         """
         if kind == "image":
-            visual = read_picture(value, self._config.vision, self._images)
+            visual = read_picture(value, self._config.vision, self._images, self._device)
             return Material(Pictured(visual.grid), visual)
         if kind == "audio":
             sound = read_sound(value)
@@ -88,7 +95,9 @@ class Reader:
         frames, beside = value, None
         if isinstance(value, tuple) and len(value) == 2 and _are_frames(value[0]):
             frames, beside = value
-        visual = read_video(frames, self._config.vision, self._sampling, self._videos)
+        visual = read_video(
+            frames, self._config.vision, self._sampling, self._videos, device=self._device
+        )
         sound = self._sound_of(frames, beside) if self._with_sound else None
         sounds = 0 if sound is None else self._tokens(sound)
         return Material(Pictured(visual.grid, visual.seconds, sounds), visual, sound)

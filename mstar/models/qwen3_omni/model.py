@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from mstar.engine.captured import CapturedSteps, record
 from mstar.engine.channel import Channel
 from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.kvcache import KVCache, KVPool
+from mstar.engine.layers.moe import warm_experts
 from mstar.engine.lm import DecoderNetwork, LanguageModel
 from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
@@ -51,6 +54,10 @@ class Qwen3Omni(Model):
     """Nodes `thinker`, `vision`, `audio`; and `talker`, `frame` and `vocoder` if it speaks."""
 
     options = ("speech",)
+    quantized = (
+        r"^(thinker|talker|talker\.code_predictor)\.decoder\.layers\.\d+\."
+        r"(self_attn\.|mlp\.(gate_up|down|shared_expert\.))"
+    )
 
     def __init__(self, networks: Networks, tokenizer: Tokenizer, lms: Sequence[LanguageModel]):
         omni = self.omni = networks.omni
@@ -58,8 +65,8 @@ class Qwen3Omni(Model):
         self.tokenizer = tokenizer
         self.thinker = lms[0]
         self.features = FeatureCache(_FEATURES)
-        self.planner = Planner(self.config, tokenizer, self._embed)
         device = self.thinker.device
+        self.planner = Planner(self.config, tokenizer, self._embed, device)
         self.vision = Node(
             "vision",
             vision_runner(omni, device),
@@ -122,6 +129,7 @@ class Qwen3Omni(Model):
             dtype=setup.dtype,
             speech=speech,
             dummy=setup.dummy,
+            quantization=setup.quantization,
             progress=setup.progress,
         )
         omni = networks.omni
@@ -138,10 +146,22 @@ class Qwen3Omni(Model):
 
     def warmup(self) -> None:
         """See `Model.warmup`."""
-        self.thinker.warmup()
+        decoders = [(self.omni.thinker, self.thinker)]
         if self.speech is not None:
-            self.speech.lm.warmup()
+            decoders.append((self.omni.talker, self.speech.lm))
+        for network, lm in decoders:
+            warm_experts(network, lm.span_budget)
+            lm.warmup()
+        if self.speech is not None:
             self.speech.frames.warmup()
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        """See `Model.examples`."""
+        media = {"images": Image.new("RGB", (100, 80)), "audio": (np.zeros(8000, "f4"), 16000)}
+        limits = {"max_output_tokens": 4, "talker_min_tokens": 8, "talker_max_tokens": 8}
+        outputs = ("text",) if self.speech is None else ("text", "audio")
+        asked = {"text": "Hello.", "seed": 0, "ignore_eos": True, **limits}
+        return [{**asked, **media, "output_modalities": outputs}]
 
     # -- laying a request out ----------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mstar.engine.checkpoint import Checkpoint
+from mstar.engine.layers.quantized import Quantization
 from mstar.engine.weights import Source, load, randomize
 from mstar.errors import WeightsError
 from mstar.models.qwen3_omni.audio import AudioEncoder
@@ -105,6 +106,7 @@ def load_networks(
     vocoder_dtype: torch.dtype = torch.float32,
     speech: bool = True,
     dummy: bool = False,
+    quantization: Quantization | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Networks:
     """The networks with their weights, or with random ones if they are a `dummy`.
@@ -112,6 +114,7 @@ def load_networks(
     Args:
         dtype: of all but the vocoder.
         speech: whether to speak, if the checkpoint can; if not, those weights are not read.
+        quantization: see `mstar.engine.weights.load`.
 
     Raises:
         WeightsError: a file is missing or wrong, or lacks a tensor.
@@ -122,10 +125,11 @@ def load_networks(
         if module is None:
             continue
         if checkpoint is None:
-            randomize(module, device=device, dtype=kind)
+            randomize(module, device=device, dtype=kind, quantization=quantization)
             continue
         part = VocoderWeights(module) if isinstance(module, Vocoder) else module
-        load(part, checkpoint, device=device, dtype=kind, progress=progress)
+        how = {"quantization": quantization, "progress": progress}
+        load(part, checkpoint, device=device, dtype=kind, **how)
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mstar.models.qwen3_omni.sizes import VisionConfig
 from mstar.models.qwen3_omni.vision import Grid
+from mstar.models.shrinking import bicubic
 
 __all__ = ["IMAGES", "VIDEOS", "PixelRule", "normalised", "resized", "to_patches"]
 
@@ -54,17 +55,17 @@ IMAGES = PixelRule(3136, 12_845_056)
 VIDEOS = PixelRule(128 * 32 * 32, 768 * 32 * 32)
 
 
-def resized(image: Image.Image, rule: PixelRule, config: VisionConfig) -> Image.Image:
-    """An RGB image in the size that the rule asks for (bicubic, antialiased).
+def resized(
+    image: Image.Image, rule: PixelRule, config: VisionConfig, device: torch.device | None = None
+) -> Image.Image:
+    """An RGB image in the size that the rule asks for (bicubic, antialiased; see `bicubic`).
 
     Raises:
         ValueError: it is too long and thin.
     """
     unit = config.patch_size * config.spatial_merge_size
     height, width = rule.size(image.height, image.width, unit)
-    if (width, height) == image.size:
-        return image
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return bicubic(image, (width, height), device)
 
 
 def to_patches(frames: np.ndarray, config: VisionConfig) -> tuple[Tensor, Grid]:

@@ -87,6 +87,7 @@ class Planner:
 
     Args:
         embed: makes the Thinker's inputs of a medium.
+        device: of the model.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class Planner:
         config: OmniConfig,
         tokenizer: Tokenizer,
         embed: Callable[[Material], Coroutine[Any, Any, Tensor]],
+        device: torch.device,
     ) -> None:
         self.config = config
+        self.device = device
         self.tokenizer = tokenizer
         self._embed = embed
 
@@ -118,7 +121,7 @@ class Planner:
         speaker = self._speaker(params["voice"], "audio" in outputs)
         turns = self._turns(inputs, params["system"])
         aloud = self._reads_aloud(inputs, params["read_aloud"], outputs)
-        reader = Reader(self.config.thinker, params)
+        reader = Reader(self.config.thinker, params, self.device)
         media = [
             reader.read(part.kind, part.value)
             for turn in turns

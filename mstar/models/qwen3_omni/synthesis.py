@@ -6,12 +6,15 @@ looks ahead. Modules and parameters are named as in the published files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mstar.engine.kernels.codec_conv import codec_conv, convolved
+from mstar.engine.kernels.dispatch import use_triton
 from mstar.engine.kernels.snake import snake
 from mstar.engine.layers.linear import linear
 from mstar.engine.weights import Source
@@ -90,6 +93,8 @@ class Synthesis(nn.Module):
             *blocks,
             lambda x: out(snake(x)),
         ]
+        if use_triton(x):
+            layers[-len(blocks) - 2 :] = self._fused()
         rates = [*self.config.upsampling_ratios, 1, *self.config.upsample_rates, 1]
         found, begin = [], 0
         x = x.transpose(1, 2)
@@ -100,6 +105,20 @@ class Synthesis(nn.Module):
             found.append(x)
         found.append(x[:, 0, max(last, 0) - begin :].float().clamp(-1, 1))
         return found
+
+    def _fused(self) -> list[Callable[[Tensor], Tensor]]:
+        """The decoder in as many layers, each of which leaves the activation that the next one
+        begins with."""
+        stem, *blocks, snake, out = self.decoder
+        after = [*(block.block[0] for block in blocks), snake]
+        return [
+            lambda x: stem.fused(x, after[0])[1],
+            *(
+                partial(block.fused, after=act)
+                for block, act in zip(blocks, after[1:], strict=True)
+            ),
+            out,
+        ]
 
     def _starts(self, wanted: int) -> list[int]:
         """From which of its inputs on each stage needs them to make the samples from `wanted` on,
@@ -134,7 +153,21 @@ class _Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, ((self.conv.weight.shape[2] - 1) * self.dilation, 0))
-        return _convolved(x, self.conv, dilation=self.dilation, groups=self.groups)
+        kernel = self.conv
+        return convolved(x, kernel.weight, kernel.bias, dilation=self.dilation, groups=self.groups)
+
+    def fused(
+        self, x: Tensor, after: _Snake, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Its sum with a residual, and what `after` makes of that."""
+        return codec_conv(
+            x,
+            self.conv.weight,
+            self.conv.bias,
+            dilation=self.dilation,
+            residual=residual,
+            activation=(after.alpha, after.inverse),
+        )
 
 
 class _Upsample(nn.Module):
@@ -150,29 +183,14 @@ class _Upsample(nn.Module):
         self.conv = _Filter(inputs, width, taps, width=width)
 
     def forward(self, x: Tensor) -> Tensor:
-        cut = self.conv.weight.shape[2] - self.rate
-        return _convolved(x, self.conv, stride=self.rate, padding=cut, transposed=True)
+        return codec_conv(x, self.conv.weight, self.conv.bias, rate=self.rate)[0]
 
-
-def _convolved(
-    x: Tensor,
-    kernel: _Filter,
-    *,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    transposed: bool = False,
-    groups: int = 1,
-) -> Tensor:
-    """`F.conv1d`, but never in TF32 on a GPU, whose 10 bits of mantissa are audible.
-
-    The operator beneath takes the permission as an argument, so that no setting that others share
-    has to be touched.
-    """
-    cudnn = torch.backends.cudnn
-    flags = (cudnn.benchmark, cudnn.deterministic, cudnn.enabled, False)
-    sizes = ((stride,), (padding,), (dilation,), transposed, (0,), groups)
-    return torch.ops.aten._convolution(x, kernel.weight, kernel.bias, *sizes, *flags)
+    def fused(self, x: Tensor, after: _Snake) -> tuple[Tensor, Tensor]:
+        """See `_Conv.fused`."""
+        activation = after.alpha, after.inverse
+        return codec_conv(
+            x, self.conv.weight, self.conv.bias, rate=self.rate, activation=activation
+        )
 
 
 class _Snake(nn.Module):
@@ -219,6 +237,15 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x)
+
+    def fused(self, x: Tensor, after: _Snake) -> Tensor:
+        """From its first activation's result to what `after` makes of its own."""
+        _, up, *units = self.block
+        x, active = up.fused(x, units[0].act1)
+        for unit, act in zip(units, [*(unit.act1 for unit in units[1:]), after], strict=True):
+            _, active = unit.conv1.fused(active, unit.act2)
+            x, active = unit.conv2.fused(active, act, x)
+        return active
 
 
 class _Residual(nn.Module):

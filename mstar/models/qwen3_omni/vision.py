@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.packed import packed_attention
+from mstar.engine.layers.residual import normed
 from mstar.engine.layers.rotary import rotate
 from mstar.engine.weights import Source
 from mstar.models.qwen3_omni.sizes import VisionConfig
@@ -81,9 +82,18 @@ class _Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, 1e-6)
         self.mlp = _MLP(config)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:
-        x = x + self.attn(self.norm1(x), angles, lengths)
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        angles: tuple[Tensor, Tensor],
+        lengths: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """What leaves is the residual stream and what is still to be added to it; what comes too,
+        so that a norm takes the addition along."""
+        h, x = normed(self.norm1, x, added)
+        h, x = normed(self.norm2, self.attn(h, angles, lengths), x)
+        return x, self.mlp(h)
 
 
 class _Merger(nn.Module):
@@ -151,11 +161,13 @@ class VisionEncoder(nn.Module):
         angle = _joined([self._angles(grid, x.device) for grid in grids])
         angles = angle.cos(), angle.sin()
         lengths = [grid.height * grid.width for grid in grids for _ in range(grid.times)]
-        features = []
+        features, added = [], None
         for index, block in enumerate(self.blocks):
-            x = block(x, angles, lengths)
+            x, added = block(x, added, angles, lengths)
             if index in self.config.deepstack_visual_indexes:
+                x, added = x + added, None
                 features.append(self.merger_list[len(features)](x))
+        x = x if added is None else x + added
         return Seen(self.merger(x), tuple(features), x)
 
     def _places(self, grid: Grid) -> Tensor:

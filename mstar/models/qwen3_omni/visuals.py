@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mstar.errors import InvalidRequest
@@ -78,17 +79,23 @@ def sampled(count: int, fps: float, sampling: Sampling) -> tuple[list[int], floa
     return places, sampling.fps if as_asked else taken / count * fps
 
 
-def read_picture(value: Any, config: VisionConfig, rule: PixelRule = IMAGES) -> Visual:
+def read_picture(
+    value: Any,
+    config: VisionConfig,
+    rule: PixelRule = IMAGES,
+    device: torch.device | None = None,
+) -> Visual:
     """Open and resize an image.
 
     Args:
         value: a path, bytes, `(filename, bytes)`, a PIL image or an array `[height, width(, 3)]`.
+        device: see `bicubic`.
 
     Raises:
         InvalidRequest: it is not an image, a broken one, or one that is too long and thin.
     """
     try:
-        frame = np.array(resized(rgb_of(value), rule, config))
+        frame = np.array(resized(rgb_of(value), rule, config, device))
     except ValueError as error:
         raise InvalidRequest("images", shown(value), str(error)) from None
     return _visual(frame[None], config, None)
@@ -100,6 +107,7 @@ def read_video(
     sampling: Sampling | None = None,
     rule: PixelRule = VIDEOS,
     longest: float = _LONGEST,
+    device: torch.device | None = None,
 ) -> Visual:
     """Open a video, choose frames and resize them.
 
@@ -119,7 +127,8 @@ def read_video(
             places, fps = sampled(video.count, video.fps, sampling)
         elif video.count > (most := sampling.max_frames):
             raise ValueError(f"it has {video.count} frames, and at most {most} are seen")
-        frames = [np.asarray(resized(image, rule, config)) for image in video.images(places)]
+        images = video.images(places)
+        frames = [np.asarray(resized(image, rule, config, device)) for image in images]
         if not frames:
             raise ValueError("it has no frames")
         if len({frame.shape for frame in frames}) > 1:

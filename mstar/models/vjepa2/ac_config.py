@@ -4,12 +4,12 @@ predictor. The published file has no config.json: the defaults are its sizes."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mstar.errors import WeightsError
-from mstar.models.fields import check_flags, check_lists, check_numbers, check_sizes, read_object
+from mstar.models.fields import check_fields, known, read_object
 from mstar.models.vjepa2.config import BlockSizes, EncoderSizes, mlp_width
 
 __all__ = ["EXTRINSICS", "AcConfig"]
@@ -29,11 +29,10 @@ class AcConfig:
         action_embed_dim: numbers of an action and of a state.
         reps_layer_norm_eps: of the layer norm after the encoder and after the predictor.
 
-    Raises:
-        ValueError: a value that no such model can have.
+    Values that no such model can have raise ValueError.
     """
 
-    img_size: tuple[int, int] = (256, 256)
+    img_size: tuple[int, ...] = (256, 256)
     patch_size: int = 16
     num_frames: int = 64
     tubelet_size: int = 2
@@ -51,11 +50,7 @@ class AcConfig:
     reps_layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        values = vars(self)
-        check_sizes(values, [field.name for field in fields(self) if field.type == "int"])
-        check_numbers(values, [field.name for field in fields(self) if field.type == "float"])
-        check_flags(values, ["use_extrinsics"])
-        check_lists(values, ["img_size"])
+        check_fields(self)
         if len(self.img_size) != 2 or any(side % self.patch_size for side in self.img_size):
             allowed = f"must be height and width, multiples of {self.patch_size}"
             raise ValueError(f"img_size={self.img_size}: {allowed}")
@@ -65,12 +60,8 @@ class AcConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> AcConfig:
-        """From the object in a config.json; fields that are not there have the defaults."""
-        known = {field.name for field in fields(cls)}
-        values = {name: config[name] for name in known if config.get(name) is not None}
-        if isinstance(values.get("img_size"), list):
-            values["img_size"] = tuple(values["img_size"])
-        return cls(**values)
+        """From the object in a config.json; what is not there is as published."""
+        return cls(**known(cls, config))
 
     @classmethod
     def from_folder(cls, folder: Path) -> AcConfig:
@@ -83,14 +74,12 @@ class AcConfig:
 
     @property
     def encoder(self) -> EncoderSizes:
-        """Sizes of the encoder."""
         hidden = mlp_width(self.embed_dim, self.mlp_ratio)
         blocks = BlockSizes(self.embed_dim, self.num_heads, hidden, self.layer_norm_eps)
         return EncoderSizes(blocks, self.depth, self.patch_size, self.tubelet_size)
 
     @property
     def predictor(self) -> BlockSizes:
-        """Sizes of the predictor's blocks."""
         hidden = mlp_width(self.pred_embed_dim, self.pred_mlp_ratio)
         return BlockSizes(self.pred_embed_dim, self.pred_num_heads, hidden, self.layer_norm_eps)
 

@@ -1,4 +1,7 @@
-"""What callers give a world model, checked in their thread: frames, goals, actions, states."""
+"""What callers give a world model, checked in their thread: frames, goals, actions, states.
+
+Whatever is missing, or does not fit, raises InvalidRequest.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from mstar.errors import InvalidRequest
 from mstar.io.data_url import decode_data_url
 from mstar.io.rgb import rgb_of, shown
 from mstar.models.arrays import array
+from mstar.models.parameters import demand
 from mstar.models.vjepa2.ac_config import EXTRINSICS, AcConfig
 from mstar.models.vjepa2.latents import Latents, latents_of
 from mstar.models.vjepa2.poses import trajectory
@@ -51,26 +55,20 @@ class Course:
 
 
 def seen_of(field: str, value: Any, config: AcConfig) -> Tensor:
-    """Frames uint8, or latents `[frames, patches, embed_dim]`, whichever was given.
-
-    Raises:
-        InvalidRequest: it is neither.
-    """
-    if value is None:
-        raise InvalidRequest(field, None, "must be given: an image, a video, or latents")
+    """Frames uint8, or latents `[frames, patches, embed_dim]`, whichever was given."""
+    demand(value is not None, field, None, "must be given: an image, a video, or latents")
     kind = "float32" if isinstance(value, Latents) else str(getattr(value, "dtype", ""))
     if "float" not in kind and not _nested(value):
         return frames_of(field, value, squares)
     found, patches, width = latents_of(field, value), config.patches, config.embed_dim
     whole = found.ndim == 2 or (found.ndim == 3 and (len(found) == 1 or found.shape[1] == patches))
-    if (
-        not whole
-        or not found.numel()
-        or found.shape[-1] != width
-        or found[..., 0].numel() % patches
-    ):
-        allowed = f"must be latents [frames, {patches}, {width}] or [tokens, {width}]"
-        raise InvalidRequest(field, f"array {tuple(found.shape)}", allowed)
+    good = whole and found.numel() and found.shape[-1] == width
+    demand(
+        good and found[..., 0].numel() % patches == 0,
+        field,
+        f"array {tuple(found.shape)}",
+        f"must be latents [frames, {patches}, {width}] or [tokens, {width}]",
+    )
     return found.reshape(-1, patches, width)
 
 
@@ -78,21 +76,20 @@ def goal_of(field: str, value: Any, config: AcConfig) -> Tensor:
     """A goal: frames or latents; see `seen_of`. Strings are data URLs, since clients of a server
     must not name its files: a file is a `pathlib.Path`, or bytes. Lists of pixels are arrays."""
     if isinstance(value, str):
-        if not value.startswith("data:"):
-            allowed = "a string must be a data URL; a file may go into images, beside the video"
-            raise InvalidRequest(field, value[:80], allowed)
+        allowed = "a string must be a data URL; a file may go into images, beside the video"
+        demand(value.startswith("data:"), field, value[:80], allowed)
         value = decode_data_url(field, value)
-    if field == "goal_image":
-        try:
-            if isinstance(value, list):
-                numbers = np.array(value)
-                if numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() > 255:
-                    raise ValueError("must be pixels, integers from 0 to 255")
-                value = numbers.astype(np.uint8)
-            return squares([rgb_of(value)])
-        except ValueError as error:
-            raise InvalidRequest(field, shown(value), str(error)) from None
-    return seen_of(field, value, config)
+    if field != "goal_image":
+        return seen_of(field, value, config)
+    try:
+        if isinstance(value, list):
+            numbers = np.array(value)
+            if numbers.dtype.kind not in "iu" or numbers.min() < 0 or numbers.max() > 255:
+                raise ValueError("must be pixels, integers from 0 to 255")
+            value = numbers.astype(np.uint8)
+        return squares([rgb_of(value)])
+    except ValueError as error:
+        raise InvalidRequest(field, shown(value), str(error)) from None
 
 
 def course(actions: Tensor, states: Tensor, seen: int, horizon: int) -> Course:
@@ -103,26 +100,21 @@ def course(actions: Tensor, states: Tensor, seen: int, horizon: int) -> Course:
         states: likewise, or for the frames that were seen: then the others follow.
         seen: frames.
         horizon: steps.
-
-    Raises:
-        InvalidRequest: there are too few, or they do not fit each other.
     """
     past, total = seen - 1, seen - 1 + horizon
-    if actions.shape[1] < total:
-        allowed = f"must be {total} for {seen} frames and {horizon} steps"
-        raise InvalidRequest("actions", f"{actions.shape[1]} rows", allowed)
-    if states.shape[1] < total and states.shape[1] != seen:
-        allowed = f"must be {total}, or {seen} from which the others follow"
-        raise InvalidRequest("states", f"{states.shape[1]} rows", allowed)
+    count, known = actions.shape[1], states.shape[1]
+    told = f"must be {total} for {seen} frames and {horizon} steps"
+    demand(count >= total, "actions", f"{count} rows", told)
+    told = f"must be {total}, or {seen} from which the others follow"
+    demand(known >= total or known == seen, "states", f"{known} rows", told)
     counts = {len(actions), len(states)} - {1}
-    if len(counts) > 1:
-        allowed = f"must be for as many candidates as actions: {len(actions)}"
-        raise InvalidRequest("states", f"{len(states)} candidates", allowed)
+    told = f"must be for as many candidates as actions: {len(actions)}"
+    demand(len(counts) <= 1, "states", f"{len(states)} candidates", told)
     for field, given in (("actions", actions), ("states", states)):
-        if not (given[:, :past] == given[:1, :past]).all():
-            raise InvalidRequest(field, "differ", "must be the same in frames that were seen")
+        same = bool((given[:, :past] == given[:1, :past]).all())
+        demand(same, field, "differ", "must be the same in frames that were seen")
     future = actions[:, past:total].expand(max(counts, default=1), -1, -1)
-    if states.shape[1] < total:
+    if known < total:
         after = trajectory(states[:, past], future)
     else:
         after = states[:, past : total + 1].expand(len(future), -1, -1)
@@ -131,59 +123,42 @@ def course(actions: Tensor, states: Tensor, seen: int, horizon: int) -> Course:
 
 
 def paired(actions: Any, states: Any, frames: int) -> tuple[Tensor, Tensor]:
-    """One action and one state for every frame, float32 `[samples, frames, 7]`.
-
-    Raises:
-        InvalidRequest: there are more or fewer, or they do not fit each other.
-    """
+    """One action and one state for every frame, float32 `[samples, frames, 7]`."""
     moves = {"actions": rows("actions", actions), "states": rows("states", states)}
     samples = max(map(len, moves.values()))
     for field, given in moves.items():
-        if given.shape[1] != frames:
-            raise InvalidRequest(field, f"{given.shape[1]} rows", f"must be {frames}, one a frame")
-        if len(given) not in (1, samples):
-            raise InvalidRequest(field, f"{len(given)} candidates", f"must be {samples}, or one")
+        count, each = given.shape[:2]
+        demand(each == frames, field, f"{each} rows", f"must be {frames}, one a frame")
+        demand(count in (1, samples), field, f"{count} candidates", f"must be {samples}, or one")
     return moves["actions"].expand(samples, -1, -1), moves["states"].expand(samples, -1, -1)
 
 
-def check_frames(field: str, value: int, frames: int, config: AcConfig) -> None:
-    """Refuse more frames than the predictor knows.
-
-    Args:
-        field, value: what is too much.
-    """
-    if frames > config.max_frames:
-        allowed = f"needs {frames} frames; the model knows {config.max_frames}"
-        raise InvalidRequest(field, value, allowed)
+def check_frames(field: str, value: Any, frames: int, config: AcConfig) -> None:
+    """Refuse more frames than the predictor knows, of which `value` is the cause."""
+    allowed = f"needs {frames} frames; the model knows {config.max_frames}"
+    demand(frames <= config.max_frames, field, value, allowed)
 
 
 def rows(field: str, value: Any, width: int = 7) -> Tensor:
-    """Float32 `[samples, T, width]` of `[samples, T, width]`, `[T, width]` or `[width]`.
-
-    Raises:
-        InvalidRequest: it is missing, of another shape, or not finite.
-    """
-    if value is None:
-        raise InvalidRequest(field, None, f"must be given: rows of {width} numbers")
+    """Float32 `[samples, T, width]` of `[samples, T, width]`, `[T, width]` or `[width]`."""
+    demand(value is not None, field, None, f"must be given: rows of {width} numbers")
     try:
         found = array(value).astype(np.float32)
     except ValueError as error:
         raise InvalidRequest(field, value, str(error)) from None
-    if found.ndim not in (1, 2, 3) or found.shape[-1] != width or not found.size:
-        allowed = f"must be [T, {width}] or [samples, T, {width}]"
-        raise InvalidRequest(field, f"array {found.shape}", allowed)
+    good = found.ndim in (1, 2, 3) and found.shape[-1] == width
+    demand(good, field, f"array {found.shape}", f"must be [T, {width}] or [samples, T, {width}]")
     return torch.from_numpy(found.reshape((1,) * (3 - found.ndim) + found.shape))
 
 
 def extrinsics_of(value: Any, config: AcConfig, frames: int) -> Tensor | None:
     """Where the camera is in every frame, float32 `[frames, 6]`; None for models without."""
     if not config.use_extrinsics:
-        if value is not None:
-            raise InvalidRequest("extrinsics", "given", "this model has no use for them")
+        demand(value is None, "extrinsics", "given", "this model has no use for them")
         return None
     found = rows("extrinsics", value, EXTRINSICS)[0]
-    if len(found) < frames:
-        raise InvalidRequest("extrinsics", f"{len(found)} rows", f"must have {frames}, one a frame")
+    told = f"must have {frames}, one a frame"
+    demand(len(found) >= frames, "extrinsics", f"{len(found)} rows", told)
     return found[:frames]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from mstar.engine.captured import CapturedSteps, record
 from mstar.engine.node import Node
-from mstar.models.vjepa2.ac_networks import AcNetworks
+from mstar.models.vjepa2.ac_cache import FrameCache
+from mstar.models.vjepa2.ac_requests import Search
 from mstar.models.vjepa2.cem import cost
-from mstar.models.vjepa2.rollout import Finish, Rollouts, Start, Step, run_through
+from mstar.models.vjepa2.networks import AcNetworks
+from mstar.models.vjepa2.rollout import Finish, Start, Step, at_once, roll, run_through
 
 __all__ = ["AcNodes", "Seeing", "Whole"]
 
@@ -29,7 +32,7 @@ class Seeing:
 
 @dataclass(frozen=True, eq=False)
 class Whole:
-    """A rollout in one piece, or the costs at its end if there is a goal; see `Rollouts.roll`."""
+    """A rollout in one piece, or the costs at its end if there is a goal; see `roll`."""
 
     start: Start
     actions: Tensor
@@ -45,66 +48,77 @@ class AcNodes:
     then they are one step of `imagine`, all of it.
     """
 
-    def __init__(self, networks: AcNetworks, captured: CapturedSteps | None = None) -> None:
+    def __init__(self, networks: AcNetworks) -> None:
         self.networks, self.predictor = networks, networks.predictor
         self.config, self.device = networks.config, networks.device
+        on_gpu = self.device.type == "cuda"
+        self.captured = CapturedSteps(record(), self.device) if on_gpu else None
         self.encode = Node("encode", self._encode, key=_alike, cost=_frames, max_cost=64)
-        if captured is None and self.device.type == "cuda":
-            captured = CapturedSteps(record(), self.device)
-        self.captured = captured
         self.whole = Node("imagine", self._imagine, max_batch=1)
         most = self.size(1, 0)
         self.predict = Node("predict", self._predict, key=_same_place, cost=_samples, max_cost=most)
 
+    def shapes(self, search: Search) -> Iterator[Whole]:
+        """A call of `imagine` for every size of batch that a search from one frame may take, with
+        or without a budget."""
+        if self.captured is None:
+            return
+        cem, weight = search.cem, self.predictor.predictor_norm.weight
+        latents = weight.new_zeros(self.config.patches, self.config.embed_dim)
+        most = min(self.size(1, cem.horizon if cem.horizon > 1 else 0), cem.samples)
+        sizes = {most, cem.samples % most, *(1 << power for power in range(most.bit_length()))}
+        for samples in sorted(sizes - {0}):
+            actions = torch.zeros(samples, cem.horizon, 7, device=self.device)
+            yield Whole(Start(latents[None], True), actions, actions, latents, search.cost)
+
     @torch.inference_mode()
     def _encode(self, batch: list[Seeing]) -> list[Tensor]:
-        frames = [call.frames.to(self.device) for call in batch]
+        frames = torch.cat([call.frames for call in batch]).to(self.device)
+        pixels, counts = self.networks.pixels(frames), [len(call.frames) for call in batch]
         if batch[0].clip:
-            return [self.networks.encode_clip(each) for each in frames]
-        together = torch.cat(frames)
-        if self.captured is None or len(together) > _FEW_FRAMES:
-            found = self.networks.encode_frames(together)
+            return [self.networks.encode_clip(each) for each in pixels.split(counts)]
+        if self.captured is None or len(pixels) > _FEW_FRAMES:
+            found = self.networks.encode_frames(pixels)
         else:
-            (found,) = self.captured.run(self._see, together, key="encode")
+            (found,) = self.captured.run(self._see, pixels, key="encode")
             found = found.clone()
-        return list(found.split([len(each) for each in frames]))
+        return list(found.split(counts))
 
     @torch.inference_mode()
     def _predict(self, batch: list[Step]) -> list[Tensor]:
         hidden = self.predictor([call.frames for call in batch])
         return [call.finish(each) for call, each in zip(batch, hidden, strict=True)]
 
-    def _see(self, frames: Tensor) -> tuple[Tensor]:
-        return (self.networks.encode_frames(frames),)
+    def _see(self, pixels: Tensor) -> tuple[Tensor]:
+        return (self.networks.encode_frames(pixels),)
 
     @torch.inference_mode()
     def _imagine(self, batch: list[Whole]) -> list[Tensor]:
-        found = []
-        for call in batch:
-            together, kind = call.start.together, call.kind
+        (call,) = batch
+        start, together, kind = call.start, call.start.together, call.kind
 
-            def step(
-                latents: Tensor,
-                actions: Tensor,
-                states: Tensor,
-                goal: Tensor | None = None,
-                together: bool = together,
-                kind: str = kind,
-            ) -> tuple[Tensor]:
-                none = actions[0, :0]
-                rollouts = Rollouts(self.predictor, Start(latents, none, none, None, together))
-                if goal is not None:
-                    steps = rollouts.roll(actions, states, self.cost(goal, kind))
-                    return (run_through(self.predictor, steps),)
-                kept: list[Tensor] = []
-                run_through(self.predictor, rollouts.roll(actions, states), kept.append)
-                return (torch.cat(kept, 1),)
+        def step(
+            latents: Tensor,
+            actions: Tensor,
+            states: Tensor,
+            goal: Tensor,
+            extrinsics: Tensor,
+            kept: Tensor,
+        ) -> tuple[Tensor]:
+            """What there is not is empty."""
+            tokens = self.predictor.frame_tokens
+            context = FrameCache(kept, tokens, own=kept.shape[4] // tokens) if len(kept) else None
+            begun = Start(latents, together, extrinsics if len(extrinsics) else None, context)
+            last = self.cost(goal, kind) if len(goal) else None
+            predict = at_once(self.predictor)
+            rolling = roll(predict, self.predictor, begun, actions, states, last=last)
+            return (run_through(rolling),)
 
-            given = [call.start.latents, call.actions, call.states]
-            given += [] if call.goal is None else [call.goal]
-            (made,) = self.captured.run(step, *given, key=("imagine", together, kind))
-            found.append(made.clone())
-        return found
+        given = (call.goal, start.extrinsics, None if start.context is None else start.context.kept)
+        given = (call.actions.new_empty(0) if each is None else each for each in given)
+        inputs = (start.latents, call.actions, call.states, *given)
+        (made,) = self.captured.run(step, *inputs, key=("imagine", together, kind))
+        return [made.clone()]
 
     def cost(self, goal: Tensor, kind: str) -> Finish:
         """What the last step of a rollout makes of its hidden states, to score it."""
@@ -118,7 +132,7 @@ class AcNodes:
     def size(self, frames: int, cached: int) -> int:
         """Samples in a batch: of so many frames at a time, with a cache for so many."""
         sizes, item = self.config.predictor, self.predictor.predictor_norm.weight.itemsize
-        kept = 2 * self.config.pred_depth * sizes.width * cached if cached > 1 else 0
+        kept = 2 * self.config.pred_depth * sizes.width * cached
         each = (kept + 2 * frames * (sizes.hidden + sizes.width)) * self.predictor.frame_tokens
         return max(1, _ROOM[self.device.type] // (each * item))
 

@@ -12,36 +12,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
-
-import numpy as np
 
 from mstar.errors import InvalidRequest
 from mstar.models.control.pending import Pending
+from mstar.models.parameters import demand
+from mstar.models.vjepa2.ac_flows import WorldModel
 from mstar.models.vjepa2.ac_inputs import check_frames, rows
-from mstar.models.vjepa2.ac_requests import search_of
+from mstar.models.vjepa2.ac_requests import Search, search_of
 from mstar.models.vjepa2.latents import Latents
 
 __all__ = ["PlanningPolicy"]
 
 _SPARE = 0.1  # of a deadline, for seeing and for the way
 _CALLED = {"video": "observation.image", "goal_image": "observation.goal"}
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What a runner asks of a policy: of each plan the first action is executed."""
-
-    chunk_size: int
-    n_action_steps: int = 1
-    rtc_training_max_delay: int = 0
-    rtc: Mapping[str, Any] = field(default_factory=lambda: {"execution_horizon": 1})
-
-
-@dataclass(frozen=True)
-class _Robot:
-    run: int | None = None
 
 
 class PlanningPolicy:
@@ -52,11 +38,9 @@ class PlanningPolicy:
         settings: of `Engine.plan`, and `goal`, unless observations have one.
         rename: key of an observation -> `image`, `state` or `goal`.
 
-    Raises:
-        InvalidRequest: a setting is wrong.
     """
 
-    robot = _Robot()
+    robot = SimpleNamespace(run=None)
 
     def __init__(
         self, engine: Any, settings: Mapping[str, Any], rename: Mapping[str, str] | None = None
@@ -66,8 +50,15 @@ class PlanningPolicy:
         search = search_of(engine.card.parameters.validate({"plan": True, **self.settings}))
         horizon = search.cem.horizon
         check_frames("horizon", horizon, horizon, engine.model.config)
-        self.config = _Config(horizon)
+        # What a runner asks of a policy: of each plan the first action is executed.
+        self.config = SimpleNamespace(
+            chunk_size=horizon,
+            n_action_steps=1,
+            rtc_training_max_delay=0,
+            rtc={"execution_horizon": 1},
+        )
         self._rename = dict(rename or {})
+        self.engine.run(partial(_ready, engine.model.world, search))
         self._goal: Latents | None = None
         if settings.get("goal") is not None:
             self.aim(settings["goal"])
@@ -78,7 +69,6 @@ class PlanningPolicy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a program may want to know: shapes and names."""
         return {
             "model": self.engine.name,
             "action_horizon": self.config.chunk_size,
@@ -90,15 +80,12 @@ class PlanningPolicy:
     def infer(
         self, obs: Mapping[str, Any], *, deadline_ms: float | None = None, **settings: Any
     ) -> dict[str, Any]:
-        """Actions for an observation.
+        """`{"actions": float32 [horizon, 7], "policy_timing": {"infer_ms": ...}}`.
 
         Args:
             obs: `image`, `state` `[7]`, and `goal` if it is to be another one this time.
             deadline_ms: milliseconds until the result must be there: what is found by then.
             **settings: instead of the policy's.
-
-        Returns:
-            `{"actions": float32 [horizon, 7], "policy_timing": {"infer_ms": ...}}`.
 
         Raises:
             InvalidRequest: the observation lacks something, or a setting is wrong.
@@ -114,34 +101,34 @@ class PlanningPolicy:
         began = time.monotonic()
         given = {self._rename.get(key, key): value for key, value in obs.items()}
         for name in ("image", "state"):
-            if given.get(name) is None:
-                raise InvalidRequest(f"observation.{name}", None, "must be given")
+            there = given.get(name) is not None
+            demand(there, f"observation.{name}", None, "must be given")
         goal = given.get("goal")
         goal = self._goal if goal is None else goal
-        if goal is None:
-            raise InvalidRequest("observation.goal", None, "there is no goal: see `aim`")
+        demand(goal is not None, "observation.goal", None, "there is no goal: see `aim`")
+        encoded = isinstance(goal, Latents)
         if deadline_ms is not None:
             settings = {"budget_ms": deadline_ms * (1 - _SPARE), **settings}
         state = rows("observation.state", given["state"])[0, -1].numpy()
         try:
             handle = self.engine.submit(
                 video=given["image"],
-                goal_hidden=goal if isinstance(goal, Latents) else None,
-                goal_image=None if isinstance(goal, Latents) else goal,
                 states=state,
                 plan=True,
                 output_modalities=("action",),
                 stream=False,
-                **{**self.settings, **settings},
+                **{"goal_hidden" if encoded else "goal_image": goal, **self.settings, **settings},
             )
         except InvalidRequest as error:
             field = _CALLED.get(error.field, error.field)
             raise InvalidRequest(field, error.value, error.allowed) from None
-        return Pending(_as_they_are, handle, state, deadline_ms, began)
+        return Pending(lambda actions, _: actions, handle, state, deadline_ms, began)
 
     def reset(self) -> None:
         """A new episode begins; the goal stays."""
 
 
-def _as_they_are(actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-    return actions
+async def _ready(world: WorldModel, search: Search, _: Any) -> None:
+    """Capture what plans would have to wait for."""
+    for call in world.shapes(search):
+        await world.whole(call)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -77,7 +78,6 @@ class AcPredictor(nn.Module):
         self._rotation: Rotation | None = None
 
     def sources(self, name: str) -> Sequence[Source]:
-        """Where parameter `name` is in a checkpoint."""
         return (Source((f"predictor.{name}",)),)
 
     @property
@@ -85,18 +85,11 @@ class AcPredictor(nn.Module):
         """Tokens of one frame."""
         return self.config.conditions + self.config.patches
 
-    def cache(self, samples: int, capacity: int) -> FrameCache:
-        """An empty cache for so many samples and frames."""
-        weight = self.predictor_embed.weight
-        return FrameCache(
-            self.config.predictor,
-            self.config.pred_depth,
-            samples=samples,
-            capacity=capacity,
-            tokens=self.frame_tokens,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+    def cache(self, samples: int, frames: int, context: FrameCache | None = None) -> FrameCache:
+        """An empty cache with room for so many samples and frames after a context."""
+        sizes, tokens = self.config.predictor, self.frame_tokens
+        room = self.config.pred_depth, 2, samples, sizes.heads, frames * tokens, sizes.head_dim
+        return FrameCache(self.predictor_embed.weight.new_empty(room), tokens, context)
 
     def forward(self, calls: Sequence[Frames]) -> list[Tensor]:
         """Hidden states `[samples, frames, patches, width]` of every call; see `latents`.
@@ -118,13 +111,17 @@ class AcPredictor(nn.Module):
             x = block.finish(x, seen[0] if len(seen) == 1 else torch.cat(seen))
         for call in calls:
             if call.cache is not None:
-                call.cache.frames += call.count
+                call.cache.own += call.count
         frames = x.unflatten(1, (call.count, -1))[:, :, self.config.conditions :]
         return list(frames.split(counts))
 
     def latents(self, hidden: Tensor) -> Tensor:
         """Latents `[..., embed_dim]` of hidden states `[..., width]`, not normed."""
         return apply(self.predictor_proj, self.predictor_norm(hidden))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Latents as they are used again, of hidden states."""
+        return self.norm(self.latents(hidden))
 
     def norm(self, latents: Tensor) -> Tensor:
         """The norm before latents are used: no scale, no shift."""
@@ -156,12 +153,8 @@ class AcPredictor(nn.Module):
         found, start = [], 0
         for group in groups:
             count, size = group.shape[1:3]
-            own = Rotation(
-                *(
-                    t.unflatten(0, (count, -1))[:, start : start + size].flatten(0, 1)
-                    for t in turned
-                )
-            )
+            span = slice(start, start + size)
+            own = Rotation(*(t.unflatten(0, (count, -1))[:, span].flatten(0, 1) for t in turned))
             q, k, v = block.project(group.flatten(1, 2), own)
             heads = (t.unflatten(2, (count, size)) for t in (q, k, v))
             found.append([t.expand(samples, *t.shape[1:]) for t in (group, *heads)])
@@ -171,21 +164,23 @@ class AcPredictor(nn.Module):
 
     def _attend(self, layer: int, call: Frames, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What the frames of a call see: each itself and those before it."""
-        first, tokens = call.first, self.frame_tokens
+        see, tokens = attend, self.frame_tokens
         if call.cache is not None:
             k, v = call.cache.put(layer, k, v)
+            see = partial(call.cache.attend, layer)
         if call.count == 1:
-            return attend(q, k, v)
-        seen = []
-        for frame, part in enumerate(q.split(tokens, 2)):
-            end = (first + frame + 1) * tokens
-            seen.append(attend(part, k[:, :, :end], v[:, :, :end]))
+            return see(q, k, v)
+        begin, seen = k.shape[2] - q.shape[2], []
+        for frame, part in enumerate(q.split(tokens, 2), start=1):
+            end = begin + frame * tokens
+            seen.append(see(part, k[:, :, :end], v[:, :, :end]))
         return torch.cat(seen, 2)
 
     def _turned(self, first: int, count: int) -> Rotation:
         """The rotation of so many frames from number `first` on."""
-        if self._rotation is None or self._rotation.own.device != self.predictor_norm.weight.device:
-            self._rotation = self._tables(self.predictor_norm.weight.device)
+        device = self.predictor_norm.weight.device
+        if self._rotation is None or self._rotation.own.device != device:
+            self._rotation = self._tables(device)
         tokens = self.frame_tokens
         span = slice(first * tokens, (first + count) * tokens)
         return Rotation(self._rotation.own[span], self._rotation.other[span])

@@ -1,17 +1,20 @@
-"""A request to V-JEPA 2-AC, laid out in its caller's thread: a flow, and all that it needs."""
+"""A request to V-JEPA 2-AC, laid out in its caller's thread: a flow, and all that it needs.
+
+Whatever is missing, wrong or too much raises InvalidRequest.
+"""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs
+from mstar.models.parameters import demand
 from mstar.models.vjepa2.ac_config import AcConfig
 from mstar.models.vjepa2.ac_inputs import (
     Course,
@@ -33,19 +36,14 @@ _GOALS = ("goal_hidden", "goal_image", "goal_hidden_fill")
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """How to plan.
+    """How to plan: `noise` is float32 `[iterations, horizon, samples, 4]`, or None for that of the
+    seed; `budget` in seconds; `cost` as in `cost`."""
 
-    Args:
-        noise: float32 `[iterations, horizon, samples, 4]`, or None for that of the seed.
-        budget: seconds, or None.
-        cost: see `cost`.
-    """
-
-    cem: Cem
-    noise: Tensor | None
-    seed: int
-    budget: float | None
-    cost: str
+    cem: Cem = field(default_factory=Cem)
+    noise: Tensor | None = None
+    seed: int = 0
+    budget: float | None = None
+    cost: str = "l1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,21 +73,16 @@ class Asked:
 def lay_out(
     inputs: Inputs, params: Mapping[str, Any], outputs: Sequence[str], config: AcConfig
 ) -> Asked:
-    """The flow that is meant, with what it needs.
-
-    Raises:
-        InvalidRequest: something is missing, wrong or too much.
-    """
+    """The flow that is meant, with what it needs."""
     flow = _flow(params)
     chooses = flow in ("plan", "score") or (flow == "pass" and params["mpc"])
-    if "action" in outputs and not chooses:
-        raise InvalidRequest("output_modalities", outputs, "only plan and mpc make actions")
-    if flow == "plan" and "action" not in outputs:
-        raise InvalidRequest("output_modalities", outputs, "a plan is of actions: ask for action")
+    acts, told = "action" in outputs, ("output_modalities", outputs)
+    demand(chooses or not acts, *told, "only plan and mpc make actions")
+    demand(acts or flow != "plan", *told, "a plan is of actions: ask for action")
     aims = bool(params["mpc"] or params["plan"] or params["energy"])
     for name in _GOALS:
-        if params[name] is not None and not aims:
-            raise InvalidRequest(name, "given", "a goal goes with mpc, plan or energy")
+        good = aims or params[name] is None
+        demand(good, name, "given", "a goal goes with mpc, plan or energy")
     inputs, pictured = _goal_apart(inputs, params) if aims else (inputs, ())
     field, value = still_or_clip(inputs)
     first = None if flow in ("encode", "pass") else params["context_frames"]
@@ -103,12 +96,11 @@ def lay_out(
     goal = _goal(pictured, params, config) if params["mpc"] else None
     if flow == "pass":
         return _single(frames, goal, params, config)
-    horizon, seen = params["rollout_horizon"], len(frames)
-    check_frames("rollout_horizon", horizon, seen - 1 + horizon, config)
-    path = course(
-        rows("actions", params["actions"]), rows("states", params["states"]), seen, horizon
-    )
-    extrinsics = extrinsics_of(params["extrinsics"], config, seen - 1 + horizon)
+    horizon, total = params["rollout_horizon"], len(frames) - 1 + params["rollout_horizon"]
+    check_frames("rollout_horizon", horizon, total, config)
+    moves = rows("actions", params["actions"]), rows("states", params["states"])
+    path = course(*moves, len(frames), horizon)
+    extrinsics = extrinsics_of(params["extrinsics"], config, total)
     return Asked(flow, frames, course=path, extrinsics=extrinsics, goal=_last(goal))
 
 
@@ -116,15 +108,10 @@ def searching(
     seen: Tensor, states: Tensor, goal: Tensor, params: Mapping[str, Any], config: AcConfig
 ) -> Asked:
     """A plan, or a map of costs if there is `energy`; actions are only those between the frames
-    that were seen.
-
-    Raises:
-        InvalidRequest: something is missing, wrong or too much.
-    """
+    that were seen."""
     past, search = len(seen) - 1, None
     if params.get("energy"):
-        if params["energy"] < 2:
-            raise InvalidRequest("energy", params["energy"], "must be at least 2 points")
+        demand(params["energy"] >= 2, "energy", params["energy"], "must be at least 2 points")
         horizon = params["action_repeat"]
         check_frames("action_repeat", horizon, past + horizon, config)
         future = landscape(params["energy"], params["energy_axes"], params["energy_span"], horizon)
@@ -134,9 +121,8 @@ def searching(
         check_frames("horizon", horizon, past + horizon, config)
         future = torch.zeros(1, horizon, 7)
     known = rows("actions", params["actions"])[:1, :past] if past else future[:1, :0]
-    if known.shape[1] < past:
-        allowed = f"must be {past}, those between the {past + 1} frames that were seen"
-        raise InvalidRequest("actions", f"{known.shape[1]} rows", allowed)
+    allowed = f"must be {past}, those between the {past + 1} frames that were seen"
+    demand(known.shape[1] >= past, "actions", f"{known.shape[1]} rows", allowed)
     known = known.expand(len(future), -1, -1)
     path = course(torch.cat([known, future], 1), states[:1, : past + 1], past + 1, horizon)
     extrinsics = extrinsics_of(params["extrinsics"], config, past + horizon)
@@ -151,8 +137,7 @@ def search_of(params: Mapping[str, Any]) -> Search:
     shape = cem.iterations, cem.horizon, cem.samples, SEARCHED
     noise, seed, budget = params["noise"], params["seed"], params["budget_ms"]
     if noise is not None:
-        if noise.shape != shape:
-            raise InvalidRequest("noise", f"array {noise.shape}", f"must be {list(shape)}")
+        demand(noise.shape == shape, "noise", f"array {noise.shape}", f"must be {list(shape)}")
         noise = torch.tensor(noise, dtype=torch.float32)
     seed = secrets.randbits(63) if seed is None else seed
     return Search(cem, noise, seed, None if budget is None else budget / 1e3, params["cost"])
@@ -168,12 +153,9 @@ def landscape(points: int, axes: str, span: float, repeat: int) -> Tensor:
 
 
 def _flow(params: Mapping[str, Any]) -> str:
-    if params["skip_predictor"]:
-        return "encode"
-    if params["plan"]:
-        return "plan"
-    if params["energy"]:
-        return "energy"
+    for name, flow in (("skip_predictor", "encode"), ("plan", "plan"), ("energy", "energy")):
+        if params[name]:
+            return flow
     if params["mpc"]:
         return "score" if params["rollout_horizon"] else "pass"
     return "rollout" if params["rollout_horizon"] > 1 else "pass"
@@ -187,17 +169,16 @@ def _single(
     natural = max(1, len(frames) // config.tubelet_size)
     lengths = {"frames": len(frames), "natural": natural}
     fitting = [kind for kind, length in lengths.items() if length == count]
-    kind = params["clip"] or (fitting[0] if fitting else None)
-    if kind not in fitting:
-        allowed = f"must be {len(frames)}, one a frame, or {natural}, one a tubelet of the clip"
-        if kind is not None:
-            allowed = f"must be {lengths[kind]} with clip={kind}"
-        raise InvalidRequest("actions", f"{count} rows", allowed)
+    kind = params["clip"] or next(iter(fitting), None)
+    allowed = f"must be {len(frames)}, one a frame, or {natural}, one a tubelet of the clip"
+    if kind is not None:
+        allowed = f"must be {lengths[kind]} with clip={kind}"
+    demand(kind in fitting, "actions", f"{count} rows", allowed)
     moves = paired(params["actions"], params["states"], count)
     check_frames("actions", f"{count} rows", count, config)
-    if goal is not None and goal.dtype != torch.uint8 and len(goal) not in (1, count):
+    if goal is not None and goal.dtype != torch.uint8:
         allowed = f"must be of 1 or of all {count} frames"
-        raise InvalidRequest("goal_hidden", f"{len(goal)} frames", allowed)
+        demand(len(goal) in (1, count), "goal_hidden", f"{len(goal)} frames", allowed)
     extrinsics = extrinsics_of(params["extrinsics"], config, count)
     return Asked("pass", frames, kind == "natural", moves, extrinsics=extrinsics, goal=goal)
 
@@ -216,16 +197,14 @@ def _goal_apart(inputs: Inputs, params: Mapping[str, Any]) -> tuple[Inputs, Sequ
 def _goal(pictured: Sequence[Any], params: Mapping[str, Any], config: AcConfig) -> Tensor:
     given = {**{name: params[name] for name in _GOALS}, "images": pictured or None}
     names = [name for name, value in given.items() if value is not None]
-    if not names:
-        raise InvalidRequest("goal_image", None, "a goal is needed: an image, or goal_hidden")
-    if len(names) > 1:
-        raise InvalidRequest(names[1], "given", f"the goal is given as {names[0]} already")
-    (name,) = names
+    demand(bool(names), "goal_image", None, "a goal is needed: an image, or goal_hidden")
+    name, *more = names
+    demand(not more, "".join(more[:1]), "given", f"the goal is given as {name} already")
     if name == "goal_hidden_fill":
         return torch.full((1, config.patches, config.embed_dim), given[name])
     if name == "images":
-        if len(given[name]) != 1:
-            raise InvalidRequest(name, f"{len(given[name])} images", "the goal is one image")
+        count = len(given[name])
+        demand(count == 1, name, f"{count} images", "the goal is one image")
         return goal_of("goal_image", given[name][0], config)
     return goal_of(name, given[name], config)
 

@@ -16,16 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mstar.models.parameters import Parameters
 from mstar.models.vjepa2.ac_flows import Found
-from mstar.models.vjepa2.ac_inputs import (
-    check_frames,
-    course,
-    extrinsics_of,
-    paired,
-    rows,
-    seen_of,
-)
+from mstar.models.vjepa2.ac_inputs import check_frames, course, extrinsics_of, paired, rows, seen_of
 from mstar.models.vjepa2.ac_requests import Asked, searching
 from mstar.models.vjepa2.card_ac import PLANNING
 from mstar.models.vjepa2.latents import Latents
@@ -33,8 +25,6 @@ from mstar.models.vjepa2.preprocess import squares
 from mstar.models.vjepa2.requests import frames_of
 
 __all__ = ["AcWorld", "Plan", "Rollout"]
-
-_PLANNING = Parameters("plan", PLANNING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +43,9 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Actions, and how they were found.
+    """Actions float32 `[horizon, 7]`, and how they were found.
 
     Args:
-        actions: float32 `[horizon, 7]`.
         costs: of the candidates of each iteration, float32 `[samples]`; of one that the budget cut
             short, of fewer.
         states: that the actions lead through, float32 `[horizon + 1, 7]`.
@@ -74,7 +63,9 @@ class Plan:
 class AcWorld:
     """`encode`, `predict`, `rollout` and `plan` of the Engine.
 
-    Contexts and goals are frames (a video, an image, an array), or `Latents` of `encode`.
+    Contexts and goals are frames (a video, an image, an array), or `Latents` of `encode`;
+    `extrinsics`, of models trained with them, are `[frames and steps, 6]`. What does not fit raises
+    InvalidRequest.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -88,9 +79,6 @@ class AcWorld:
             clip: of the frames as one clip, two a token and not normed, and not of each by itself.
             num_frames: so many frames, evenly spread; by default all, of files at most as many as
                 in training.
-
-        Raises:
-            InvalidRequest: there is nothing to see.
         """
         count = self.engine.card.parameters.validate({"num_frames": num_frames})["num_frames"]
         usual = self.config.num_frames
@@ -105,10 +93,6 @@ class AcWorld:
 
         Args:
             actions, states: `[frames, 7]`, or of candidates `[samples, frames, 7]`.
-            extrinsics: `[frames, 6]`, of models trained with them.
-
-        Raises:
-            InvalidRequest: they do not fit each other.
         """
         seen = seen_of("context", context, self.config)
         check_frames("context", f"{len(seen)} frames", len(seen), self.config)
@@ -127,10 +111,6 @@ class AcWorld:
             actions: `[steps, 7]`, or of candidates `[samples, steps, 7]`; of a context of several
                 frames, first those between its frames.
             state: the pose, `[7]`, of each frame of the context; or of every step, too.
-            extrinsics: `[steps, 6]`, of models trained with them.
-
-        Raises:
-            InvalidRequest: they do not fit each other, or are too many for the model.
         """
         seen = seen_of("context", context, self.config)
         given, past = rows("actions", actions), len(seen) - 1
@@ -138,12 +118,11 @@ class AcWorld:
         check_frames("actions", given.shape[1], past + horizon, self.config)
         path = course(given, rows("state", state), len(seen), horizon)
         cameras = extrinsics_of(extrinsics, self.config, past + horizon)
-
         asked = Asked("rollout", seen, course=path, extrinsics=cameras)
 
         async def walk(_: Any) -> Tensor:
-            rollouts, _ = await self.world.begin(asked)
-            return await self.world.imagine(rollouts, path.actions, path.states)
+            start, _ = await self.world.begin(asked)
+            return await self.world.imagine(start, path.actions, path.states)
 
         found = self.engine.run(walk)
         return Rollout(Latents(_like(actions, found)), _like(actions, path.states).numpy())
@@ -165,30 +144,22 @@ class AcWorld:
             goal: one frame.
             state: the pose, `[7]`; of each frame of the context.
             actions: between the frames of a context of several.
-            extrinsics: `[frames and steps, 6]`, of models trained with them.
             latents: what the plan leads to, too; on top of the budget.
-            **settings: `samples`, `horizon`, `iterations`, `topk`, `maxnorm`, `momentum_mean`,
-                `momentum_std`, `momentum_mean_gripper`, `momentum_std_gripper`, `axis`,
-                `close_gripper`, `noise` `[iterations, horizon, samples, 4]`, `seed`, `cost`, and
-                `budget_ms`, after which the best plan so far is taken: see `Cem`.
-
-        Raises:
-            InvalidRequest: something is wrong, or too much for the model.
+            **settings: of `Cem`, and `noise` `[iterations, horizon, samples, 4]`, `seed`, `cost`,
+                and `budget_ms`, after which the best plan so far is taken.
         """
         began = time.monotonic()
-        params = {**_PLANNING.validate(settings), "actions": actions, "extrinsics": extrinsics}
+        params = {**PLANNING.validate(settings), "actions": actions, "extrinsics": extrinsics}
         seen = seen_of("context", context, self.config)
-        asked = searching(
-            seen, rows("state", state), seen_of("goal", goal, self.config), params, self.config
-        )
+        target = seen_of("goal", goal, self.config)
+        asked = searching(seen, rows("state", state), target, params, self.config)
 
         async def walk(_: Any) -> tuple[Found, Tensor | None]:
-            rollouts, target = await self.world.begin(asked)
-            found = await self.world.plan(asked, rollouts, target, began)
-            planned = found.actions.unsqueeze(0)
+            start, target = await self.world.begin(asked)
+            found = await self.world.plan(asked, start, target, began)
             if not latents:
                 return found, None
-            return found, await self.world.imagine(rollouts, planned, found.states)
+            return found, await self.world.imagine(start, found.actions[None], found.states)
 
         found, imagined = self.engine.run(walk)
         return Plan(

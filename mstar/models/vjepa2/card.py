@@ -8,21 +8,25 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest
+from mstar.models.arrays import as_array
 from mstar.models.card import ModelCard
-from mstar.models.parameters import Parameter, Parameters
+from mstar.models.parameters import Parameter, Parameters, demand
 
-__all__ = ["CARD", "token_ids"]
+__all__ = ["CARD", "NUM_FRAMES", "STREAM", "token_ids"]
 
 _OWNER = "facebook/vjepa2-"
+_OTHERS = (
+    *("vith-fpc64-256", "vitg-fpc64-256", "vitg-fpc64-384"),
+    *("vitl-fpc16-256-ssv2", "vitg-fpc64-384-ssv2"),
+    *("vitl-fpc32-256-diving48", "vitg-fpc32-384-diving48"),
+)
 
 
 def token_ids(value: Any) -> np.ndarray:
     """Numbers of tokens, int64 `[tokens]`, of lists or arrays `[tokens]` or `[1, tokens]`."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
     try:
-        ids = np.asarray(value)
-    except ValueError:  # rows of different lengths
+        ids = as_array(value)
+    except (TypeError, ValueError):
         ids = np.asarray(None)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
@@ -37,79 +41,54 @@ def _together(values: dict[str, Any]) -> None:
     masks = [name for name in ("context_mask", "target_mask") if values[name] is not None]
     if len(masks) == 1:
         raise InvalidRequest(masks[0], values[masks[0]], "context_mask and target_mask go together")
-    if values["context_only"] and not masks:
-        raise InvalidRequest("context_only", True, "goes with context_mask and target_mask")
-    if values["num_frames"] is not None and values["fps"] is not None:
-        raise InvalidRequest("fps", values["fps"], "give either num_frames or fps")
+    lost = values["context_only"] and not masks
+    demand(not lost, "context_only", True, "goes with context_mask and target_mask")
+    both = values["num_frames"] is not None and values["fps"] is not None
+    demand(not both, "fps", values["fps"], "give either num_frames or fps")
     flows = {
         "skip_predictor": values["skip_predictor"],
         "rollout_horizon": values["rollout_horizon"] > 1,
         "context_mask": bool(masks),
     }
     asked = [name for name, given in flows.items() if given]
-    if len(asked) > 1:
-        raise InvalidRequest(asked[1], values[asked[1]], f"does not go with {asked[0]}")
+    for name in asked[1:]:
+        raise InvalidRequest(name, values[name], f"does not go with {asked[0]}")
 
 
-_IDS = {
-    "nullable": True,
-    "accepts": "a list of numbers of tokens: time * rows * columns + row * columns + column",
-}
+NUM_FRAMES = Parameter(
+    "num_frames",
+    int,
+    low=1,
+    high=1024,
+    help="taken evenly; by default all, of files at most as in training",
+)
+STREAM = Parameter("stream_rollout", bool, False, help="give each step as soon as it is there")
+_IDS = {"accepts": "a list of numbers of tokens: (time * rows + row) * columns + column"}
 PARAMETERS = Parameters(
     "vjepa2",
     [
-        Parameter(
-            "num_frames",
-            int,
-            low=1,
-            high=1024,
-            nullable=True,
-            help="frames taken evenly; by default all, of files at most as many as in training",
-        ),
-        Parameter(
-            "fps", float, low=0, low_open=True, high=1000, nullable=True, help="of those taken"
-        ),
-        Parameter(
-            "skip_predictor", bool, False, help="the encoder's tokens instead of predicted ones"
-        ),
+        NUM_FRAMES,
+        Parameter("fps", float, low=0, low_open=True, high=1000, help="of those taken"),
+        Parameter("skip_predictor", bool, False, help="the encoder's tokens alone"),
         Parameter("context_mask", token_ids, help="tokens that the predictor sees", **_IDS),
         Parameter(
             "target_mask",
             token_ids,
-            help="tokens that it predicts; those behind the clip's last are the future",
+            help="those that it predicts, also behind the clip's last",
             **_IDS,
         ),
-        Parameter(
-            "context_only", bool, False, help="encode the tokens of context_mask alone, as training"
-        ),
-        Parameter(
-            "rollout_horizon",
-            int,
-            0,
-            low=0,
-            help="predict what comes next so often, each time from what was predicted",
-        ),
-        Parameter("stream_rollout", bool, False, help="give each step as soon as it is there"),
+        Parameter("context_only", bool, False, help="encode context_mask alone, as training"),
+        Parameter("rollout_horizon", int, 0, low=0, help="how often what comes next is predicted"),
+        STREAM,
         Parameter(
             "num_output_frames", int, 2, low=1, high=1024, help="frames that a step predicts"
         ),
-        Parameter(
-            "steps_ahead",
-            int,
-            2,
-            low=0,
-            high=1024,
-            help="tubelets between the clip and what is predicted: seconds * fps / tubelet",
-        ),
+        Parameter("steps_ahead", int, 2, low=0, high=1024, help="tubelets up to what is predicted"),
         Parameter("classify", bool, False, help="labels and scores, of models with a classifier"),
         Parameter("top_k", int, 5, low=1, help="labels that are told, likeliest first"),
     ],
     check=_together,
 )
-
-
-def _recognises(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "vjepa2"
 
 
 CARD = ModelCard(
@@ -120,20 +99,8 @@ CARD = ModelCard(
     outputs=("latent", "text"),
     parameters=PARAMETERS,
     repos={"vjepa2": f"{_OWNER}vitl-fpc64-256"},
-    aliases=tuple(
-        f"{_OWNER}{name}"
-        for name in (
-            "vith-fpc64-256",
-            "vitg-fpc64-256",
-            "vitg-fpc64-384",
-            "vitl-fpc16-256-ssv2",
-            "vitg-fpc64-384-ssv2",
-            "vitl-fpc32-256-diving48",
-            "vitg-fpc32-384-diving48",
-        )
-    ),
+    aliases=tuple(map(_OWNER.__add__, _OTHERS)),
     tiny=Path(__file__).parent / "tiny",
     full=Path(__file__).parent / "full",
-    recognises=_recognises,
     methods=("encode", "predict"),
 )

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mstar.models.arrays import array
 from mstar.models.card import ModelCard
-from mstar.models.parameters import Parameter, Parameters
+from mstar.models.parameters import Parameter, Parameters, demand
+from mstar.models.vjepa2.card import NUM_FRAMES, STREAM
 
 __all__ = ["CARD", "PLANNING"]
 
 
 def _axis(value: Any) -> dict[int, float]:
     """`{index: value}`; JSON has strings as keys."""
-    if not isinstance(value, Mapping):
-        raise ValueError
     try:
-        return {int(index): float(number) for index, number in value.items()}
-    except ValueError:
-        raise ValueError from None  # in the words of the parameter
+        found = {int(index): float(number) for index, number in value.items()}
+    except (AttributeError, ValueError):
+        found = {-1: 0.0}
+    if not all(index in range(4) and abs(number) < 1e9 for index, number in found.items()):
+        raise ValueError  # in the words of the parameter
+    return found
+
+
+def _together(values: dict[str, Any]) -> None:
+    topk, samples = values["topk"], values["samples"]
+    demand(topk <= samples, "topk", topk, f"must be from 2 to the {samples} samples")
 
 
 def _anything(value: Any) -> Any:
     return value
 
 
-_ROWS = {"nullable": True, "accepts": "rows of 7 numbers, [T, 7] or [candidates, T, 7]"}
+_ROWS = {"accepts": "rows of 7 numbers, [T, 7] or [candidates, T, 7]"}
 _SHARE = {"low": 0, "high": 1}
-# Of `Engine.plan` as well; without a default they are the planner's own.
-PLANNING = [
+_PLANNING = [
     Parameter("samples", int, 400, low=2, high=100_000, help="candidates of an iteration"),
     Parameter("horizon", int, 2, low=1, help="actions of a plan"),
     Parameter("iterations", int, 10, low=1, high=10**6, help="of the search"),
@@ -43,101 +48,70 @@ PLANNING = [
     Parameter(
         "axis",
         _axis,
-        nullable=True,
         accepts="an object of 0, 1, 2 (x, y, z) or 3 (gripper) to a number",
         help="what an action's numbers are held to",
     ),
-    Parameter(
-        "close_gripper", int, low=0, nullable=True, help="the action from which the gripper closes"
-    ),
+    Parameter("close_gripper", int, low=0, help="the action from which the gripper closes"),
     Parameter(
         "noise",
         array,
-        nullable=True,
         accepts="an array [iterations, horizon, samples, 4]",
         help="instead of that of the seed",
     ),
-    Parameter("seed", int, low=0, high=2**63 - 1, nullable=True, help="same seed, same plan"),
+    Parameter("seed", int, low=0, high=2**63 - 1, help="same seed, same plan"),
     Parameter(
         "budget_ms",
         float,
         low=0,
         low_open=True,
         high=1e9,
-        nullable=True,
-        help="milliseconds, after which the best plan so far is taken",
+        help="milliseconds for the best plan so far",
     ),
     Parameter("cost", str, "l1", choices=("l1", "l2", "cosine"), help="how far from the goal"),
 ]
+PLANNING = Parameters("plan", _PLANNING, check=_together)  # of `Engine.plan`
 
 PARAMETERS = Parameters(
     "vjepa2_ac",
     [
-        Parameter(
-            "num_frames",
-            int,
-            low=1,
-            high=1024,
-            nullable=True,
-            help="frames taken evenly; by default all, of files at most as many as in training",
-        ),
+        NUM_FRAMES,
         Parameter("skip_predictor", bool, False, help="the encoder's latents alone"),
         Parameter(
             "clip",
             str,
-            nullable=True,
             choices=("natural", "frames"),
-            help="encode frames as one clip, two a token, or each by itself as in training; by "
-            "default what the number of actions says",
+            help="one clip, or each frame by itself; by default as many as there are actions",
         ),
         Parameter("actions", array, help="changes of pose, one a frame", **_ROWS),
         Parameter("states", array, help="poses: x y z, roll pitch yaw, gripper", **_ROWS),
+        Parameter("extrinsics", array, accepts="rows of 6 numbers", help="where the camera is"),
         Parameter(
-            "extrinsics",
-            array,
-            nullable=True,
-            accepts="rows of 6 numbers",
-            help="where the camera is, of models trained with it",
+            "rollout_horizon", int, 0, low=0, help="steps into the future; with mpc, before scoring"
         ),
-        Parameter(
-            "rollout_horizon",
-            int,
-            0,
-            low=0,
-            help="steps into the future; with mpc, candidates are scored after so many",
-        ),
-        Parameter("stream_rollout", bool, False, help="give each step as soon as it is there"),
+        STREAM,
         Parameter("context_frames", int, 1, low=1, help="frames that a rollout begins with"),
         Parameter("mpc", bool, False, help="score candidates by how near they come to the goal"),
         Parameter("plan", bool, False, help="search for actions that lead to the goal"),
         Parameter(
             "goal_image",
             _anything,
-            nullable=True,
             accepts="an image: bytes, a pathlib.Path, an array, lists of pixels, or a data URL",
-            help="how it is to look; images beside a video are the same",
+            help="how it is to look; as an image beside a video",
         ),
         Parameter(
             "goal_hidden",
             _anything,
-            nullable=True,
             accepts="latents [tokens, dim] or [1, tokens, dim]",
             help="latents of the goal, or a handle of Engine.encode",
         ),
-        Parameter("goal_hidden_fill", float, nullable=True, help="all of a test goal's latents"),
+        Parameter("goal_hidden_fill", float, help="all of a test goal's latents"),
         Parameter(
             "return_latents",
             bool,
-            nullable=True,
-            help="what candidates or a plan lead to, too; by default that of candidates",
+            help="what candidates or a plan lead to; by default of candidates",
         ),
         Parameter(
-            "energy",
-            int,
-            0,
-            low=0,
-            high=129,
-            help="points along each of two axes of actions, for a map of their costs",
+            "energy", int, 0, low=0, high=129, help="points along two axes of a map of costs"
         ),
         Parameter(
             "energy_axes", str, "xy", choices=("xy", "xz", "yz"), help="the axes of that map"
@@ -146,13 +120,10 @@ PARAMETERS = Parameters(
             "energy_span", float, 0.075, low=0, low_open=True, high=10, help="metres, to each side"
         ),
         Parameter("action_repeat", int, 1, low=1, help="how often an action of the map is done"),
-        *PLANNING,
+        *_PLANNING,
     ],
+    check=_together,
 )
-
-
-def _recognises(config: dict[str, Any]) -> bool:
-    return config.get("model_type") == "vjepa2_ac"
 
 
 CARD = ModelCard(
@@ -165,6 +136,5 @@ CARD = ModelCard(
     repos={"vjepa2_ac": "https://dl.fbaipublicfiles.com/vjepa2/vjepa2-ac-vitg.pt"},
     tiny=Path(__file__).parent / "tiny",
     full=Path(__file__).parent / "full",
-    recognises=_recognises,
     methods=("encode", "predict", "rollout", "plan"),
 )

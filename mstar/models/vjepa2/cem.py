@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.kernels.l1_cost import l1_cost
-from mstar.errors import InvalidRequest
 
 __all__ = ["SEARCHED", "Budget", "Cem", "cost"]
 
@@ -30,17 +29,13 @@ class Cem:
     """How to plan; the defaults are those of the published planner.
 
     Args:
-        samples: candidates in an iteration.
-        horizon: actions of a plan.
+        samples: candidates in each of the iterations, of `horizon` actions.
         topk: how many of the best make the next mean.
         maxnorm: the most that x, y and z each may change in one action, in metres.
         momentum_mean, momentum_std: how much of the last mean and deviation stays.
         momentum_mean_gripper, momentum_std_gripper: likewise, of the gripper.
         axis: index of x, y, z, gripper -> the value that it always has.
         close_gripper: the action from which on the gripper is told to close.
-
-    Raises:
-        InvalidRequest: a value that makes no sense.
     """
 
     samples: int = 400
@@ -55,34 +50,9 @@ class Cem:
     axis: Mapping[int, float] = field(default_factory=dict)
     close_gripper: int | None = None
 
-    def __post_init__(self) -> None:
-        for entry in fields(self):
-            name, value = entry.name, getattr(self, entry.name)
-            if entry.type == "int":
-                self._check(name, isinstance(value, int) and value >= 1, "at least 1")
-            elif name.startswith("momentum"):
-                self._check(name, _number(value) and 0 <= value <= 1, "from 0 to 1")
-        self._check("maxnorm", _number(self.maxnorm) and 0 < self.maxnorm < 1e3, "above 0")
-        self._check("topk", 2 <= self.topk <= self.samples, f"from 2 to the {self.samples} samples")
-        close = self.close_gripper
-        good = close is None or (isinstance(close, int) and close >= 0)
-        self._check("close_gripper", good, "an action's index, or None")
-        axis = self.axis
-        good = isinstance(axis, Mapping) and all(
-            index in range(SEARCHED) and _number(value) for index, value in axis.items()
-        )
-        self._check("axis", good, "an object of 0, 1, 2 (x, y, z) or 3 (gripper) to a number")
-
-    def _check(self, name: str, good: bool, allowed: str) -> None:
-        value = getattr(self, name)
-        if not good or isinstance(value, bool):
-            raise InvalidRequest(name, value, f"must be {allowed}")
-
     def start(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and deviation before the first iteration, float32 `[horizon, 4]`."""
-        mean = torch.zeros(self.horizon, SEARCHED, device=device)
-        for index, value in self.axis.items():
-            mean[:, index] = value
+        mean = self._held(torch.zeros(self.horizon, SEARCHED, device=device))
         std = torch.full_like(mean, self.maxnorm)
         std[:, 3] = 1.0
         return mean, std
@@ -92,19 +62,20 @@ class Cem:
         drawn = noise * std.unsqueeze(1) + mean.unsqueeze(1)
         drawn[..., :3].clamp_(-self.maxnorm, self.maxnorm)
         drawn[..., 3].clamp_(-_MOST_GRIPPER, _MOST_GRIPPER)
-        for index, value in self.axis.items():
-            drawn[..., index] = value
-        actions = _actions(drawn).transpose(0, 1)
+        actions = _actions(self._held(drawn)).transpose(0, 1)
         if self.close_gripper is not None:
             actions[:, self.close_gripper :, 6] = 1.0
         return actions
 
-    def places(self, count: int, first: bool) -> int:
-        """How many of the best make the next mean after `count` candidates; 0 for none.
+    def _held(self, searched: Tensor) -> Tensor:
+        for index, value in self.axis.items():
+            searched[..., index] = value
+        return searched
 
-        In an iteration that was cut short, two must compete for a place: otherwise the mean would
-        move by chance. In the first one few places are better than no plan.
-        """
+    def places(self, count: int, first: bool) -> int:
+        """How many of the best make the next mean after `count` candidates; 0 for none. In an
+        iteration that was cut short, two must compete for a place: otherwise the mean would move by
+        chance. In the first one few places are better than no plan."""
         if count == self.samples:
             return self.topk
         places = min(self.topk, count // 2)
@@ -113,21 +84,12 @@ class Cem:
     def update(
         self, mean: Tensor, std: Tensor, actions: Tensor, costs: Tensor, places: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean and deviation after an iteration.
-
-        Args:
-            actions: of the candidates, `[samples, horizon, 7]`.
-            costs: theirs, `[samples]`.
-            places: instead of `topk`.
-        """
+        """Mean and deviation after an iteration of actions `[samples, horizon, 7]` and their costs
+        `[samples]`; `places` instead of `topk`."""
         best = actions[costs.topk(places or self.topk, largest=False).indices]
-        best = torch.cat([best[..., :3], best[..., 6:]], -1)
-        keep = torch.full_like(mean[0], self.momentum_mean)
-        keep[3] = self.momentum_mean_gripper
-        keep_std = torch.full_like(keep, self.momentum_std)
-        keep_std[3] = self.momentum_std_gripper
-        mean = (1 - keep) * best.mean(0) + keep * mean
-        return mean, (1 - keep_std) * best.std(0) + keep_std * std
+        best = best[..., [0, 1, 2, 6]]
+        mean = _mixed(best.mean(0), mean, self.momentum_mean, self.momentum_mean_gripper)
+        return mean, _mixed(best.std(0), std, self.momentum_std, self.momentum_std_gripper)
 
     def plan(self, mean: Tensor) -> Tensor:
         """Actions float32 `[horizon, 7]`; a gripper that hardly moves does not move."""
@@ -137,8 +99,8 @@ class Cem:
 
 
 class Budget:
-    """How many samples can still be scored, with as much to spare as the first batch took: even a
-    batch of few samples takes its time, no two take the same, and the plan is to be handed over.
+    """How many samples can still be scored, with as much to spare as the first batch took: for
+    what a batch of few takes as well, and for handing the plan over.
 
     Args:
         deadline: of `time.monotonic`.
@@ -185,14 +147,11 @@ def cost(latents: Tensor, goal: Tensor, kind: str, eps: float | None) -> Tensor:
     return 1 - torch.cosine_similarity(found.flatten(1), goal.flatten()[None])
 
 
+def _mixed(new: Tensor, old: Tensor, share: float, of_gripper: float) -> Tensor:
+    keep = F.pad(torch.full_like(old[:, :3], share), (0, 1), value=of_gripper)
+    return (1 - keep) * new + keep * old
+
+
 def _actions(searched: Tensor) -> Tensor:
     """Actions `[..., 7]` of x, y, z and gripper."""
-    actions = searched.new_zeros(*searched.shape[:-1], 7)
-    actions[..., :3] = searched[..., :3]
-    actions[..., 6] = searched[..., 3]
-    return actions
-
-
-def _number(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and -1e9 < value < 1e9
+    return torch.cat([F.pad(searched[..., :3], (0, 3)), searched[..., 3:]], -1)

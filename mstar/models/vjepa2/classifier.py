@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mstar.engine.weights import Source
 from mstar.models.vjepa2.block import MLP, Block, apply, attend
 from mstar.models.vjepa2.config import BlockSizes
-from mstar.models.vjepa2.names import POOLER_BLOCK, sources
+from mstar.models.vjepa2.layout import POOLER_BLOCK, sources
 
 __all__ = ["Classifier"]
 
@@ -55,13 +55,7 @@ class _Pooler(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Tokens of the encoder to scores of classes. There are no positions here.
-
-    Args:
-        sizes: of all blocks.
-        layers: blocks of self-attention.
-        labels: how many classes.
-    """
+    """Tokens of the encoder to scores of classes. There are no positions here."""
 
     def __init__(self, sizes: BlockSizes, layers: int, labels: int) -> None:
         super().__init__()
@@ -69,7 +63,6 @@ class Classifier(nn.Module):
         self.linear = nn.Linear(sizes.width, labels)
 
     def sources(self, name: str) -> Sequence[Source]:
-        """Where parameter `name` is in a checkpoint."""
         if name == "pooler.query_tokens":
             return (Source((name,)),)
         path = name.removeprefix("pooler.")

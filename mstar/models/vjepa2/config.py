@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mstar.models.fields import check_flags, check_numbers, check_sizes, read_object
+from mstar.models.fields import check_fields, check_sizes, known, read_object
 
 __all__ = ["PUBLISHED", "BlockSizes", "EncoderSizes", "VJEPA2Config", "mlp_width"]
 
@@ -19,11 +19,8 @@ def mlp_width(width: int, ratio: float) -> int:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """One transformer block: width of its tokens, heads, hidden layer of its MLP.
-
-    Raises:
-        ValueError: a value that no such block can have.
-    """
+    """One transformer block: width of its tokens, heads, hidden layer of its MLP. Values that no
+    such block can have raise ValueError."""
 
     width: int
     heads: int
@@ -32,14 +29,12 @@ class BlockSizes:
     qkv_bias: bool = True
 
     def __post_init__(self) -> None:
-        check_sizes(vars(self), ("width", "heads", "hidden"))
-        check_numbers(vars(self), ("eps",))
+        check_fields(self)
         if self.width % self.heads:
             raise ValueError(f"width {self.width}: must be a multiple of the {self.heads} heads")
 
     @property
     def head_dim(self) -> int:
-        """Channels of one head."""
         return self.width // self.heads
 
 
@@ -55,12 +50,8 @@ class EncoderSizes:
 
 @dataclass(frozen=True)
 class VJEPA2Config:
-    """Names and defaults are those of the published files. `labels` are a classifier's, if there
-    is one.
-
-    Raises:
-        ValueError: a value that no such model can have.
-    """
+    """Names and defaults are those of the published files; `labels` are a classifier's, if there is
+    one. Values that no such model can have raise ValueError."""
 
     hidden_size: int = 1024
     num_hidden_layers: int = 24
@@ -83,12 +74,7 @@ class VJEPA2Config:
     labels: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        values = vars(self)
-        for field in fields(self):
-            if field.type == "int":
-                check_sizes(values, [field.name])
-        check_numbers(values, ("mlp_ratio", "pred_mlp_ratio", "layer_norm_eps"))
-        check_flags(values, ["qkv_bias"])
+        check_fields(self)
         if self.hidden_act != "gelu":
             raise ValueError(f"hidden_act={self.hidden_act!r}: must be 'gelu'")
         if self.in_chans != 3:
@@ -100,8 +86,7 @@ class VJEPA2Config:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VJEPA2Config:
         """From the object in a config.json; fields that are not there have the defaults."""
-        known = {field.name for field in fields(cls)} - {"labels"}
-        values = {name: config[name] for name in known if config.get(name) is not None}
+        values = {**known(cls, config), "labels": ()}
         if any("Classification" in str(name) for name in config.get("architectures") or ()):
             values["labels"] = _labels(config)
         return cls(**values)
@@ -113,24 +98,18 @@ class VJEPA2Config:
 
     @property
     def encoder(self) -> EncoderSizes:
-        """Sizes of the encoder."""
         hidden = mlp_width(self.hidden_size, self.mlp_ratio)
         blocks = self._blocks(self.hidden_size, self.num_attention_heads, hidden)
         return EncoderSizes(blocks, self.num_hidden_layers, self.patch_size, self.tubelet_size)
 
     @property
     def predictor(self) -> BlockSizes:
-        """Sizes of the predictor's blocks."""
         hidden = mlp_width(self.pred_hidden_size, self.pred_mlp_ratio)
         return self._blocks(self.pred_hidden_size, self.pred_num_attention_heads, hidden)
 
     def pooler(self, heads: int | None) -> BlockSizes:
-        """Sizes of the classifier's blocks.
-
-        Args:
-            heads: instead of the encoder's, as transformers has it; the probes on ViT-g were
-                trained with 16.
-        """
+        """Sizes of the classifier's blocks, with as many heads as the encoder, as transformers has
+        it, or others: the probes on ViT-g were trained with 16."""
         size = self.hidden_size  # its MLP has four times the width, whatever `mlp_ratio` is
         heads = self.num_attention_heads if heads is None else heads
         return BlockSizes(size, heads, 4 * size, self.layer_norm_eps)
@@ -145,7 +124,6 @@ class VJEPA2Config:
 
 
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the classes; their numbers where there are no names."""
     names = config.get("id2label")
     if not names:
         count = config.get("num_labels", 2)  # transformers' default
@@ -156,16 +134,11 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(names.get(str(i), names.get(i))) for i in range(len(names)))
 
 
-_GIANT = {
-    "hidden_size": 1408,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 22,
-    "mlp_ratio": 48 / 11,
-}
+_GIANT = VJEPA2Config(1408, 40, 22, 48 / 11)
 # As the original repository calls them.
 PUBLISHED: dict[str, VJEPA2Config] = {
     "vitl": VJEPA2Config(),
     "vith": VJEPA2Config(hidden_size=1280, num_hidden_layers=32),
-    "vitg": VJEPA2Config(**_GIANT),
-    "vitg-384": VJEPA2Config(**_GIANT, crop_size=384),
+    "vitg": _GIANT,
+    "vitg-384": replace(_GIANT, crop_size=384),
 }

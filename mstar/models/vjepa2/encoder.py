@@ -15,7 +15,7 @@ from mstar.engine.layers.linear import linear
 from mstar.engine.weights import Source
 from mstar.models.vjepa2.block import Block
 from mstar.models.vjepa2.config import EncoderSizes
-from mstar.models.vjepa2.names import BLOCK, sources
+from mstar.models.vjepa2.layout import BLOCK, sources
 from mstar.models.vjepa2.rotary import grid_rotation
 
 __all__ = ["Encoder", "gathered"]
@@ -35,10 +35,8 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, sizes.blocks.width, (tubelet, patch, patch))
 
     def forward(self, pixels: Tensor, ids: Tensor | None) -> Tensor:
-        """`[batch, frames, 3, height, width]` to `[batch, tokens, width]`.
-
-        One frame stands for a whole tubelet of such frames.
-        """
+        """`[batch, frames, 3, height, width]` to `[batch, tokens, width]`; one frame stands for a
+        whole tubelet of such frames."""
         weight = self.proj.weight
         tubelet, patch = weight.shape[2], weight.shape[3]
         if pixels.shape[1] == 1:
@@ -67,7 +65,6 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(sizes.blocks.width, sizes.blocks.eps)
 
     def sources(self, name: str) -> Sequence[Source]:
-        """Where parameter `name` is in a checkpoint."""
         return sources(name, "encoder.", _OUTSIDE, "encoder.layer", BLOCK)
 
     def forward(self, pixels: Tensor, ids: Tensor | None = None) -> Tensor:

@@ -15,22 +15,17 @@ __all__ = ["Latents", "give", "latents_of"]
 
 
 class Latents:
-    """A handle on latents, of `Engine.encode` or `Engine.predict`.
-
-    Args:
-        tensor: on the engine's device.
-    """
+    """A handle on latents, of `Engine.encode` or `Engine.predict`: a tensor on its device."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the latents."""
         return tuple(self.tensor.shape)
 
     def numpy(self) -> np.ndarray:
-        """The latents, float32."""
+        """Float32."""
         return self.tensor.float().cpu().numpy()
 
     def __getitem__(self, index: Any) -> Latents:
@@ -54,17 +49,13 @@ def give(request: Request, latents: Tensor, **metadata: Any) -> None:
 
 
 def latents_of(field: str, value: Any) -> Tensor:
-    """The latents that were given: a handle, a tensor, or an array of finite numbers.
-
-    Raises:
-        InvalidRequest: it is something else.
-    """
+    """The latents that were given: a handle, a tensor, or an array of finite numbers. Refuses
+    anything else."""
     if isinstance(value, Latents):
         return value.tensor
     try:
-        found = (
-            value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, np.float32))
-        )
+        is_tensor = isinstance(value, Tensor)
+        found = value if is_tensor else torch.from_numpy(np.array(value, np.float32))
         if not found.is_floating_point() or not found.isfinite().all():
             raise ValueError
     except (TypeError, ValueError):

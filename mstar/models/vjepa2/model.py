@@ -8,20 +8,31 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mstar.engine.captured import CapturedSteps, record
+from mstar.engine.captured import CapturedSteps, Step, record
 from mstar.engine.node import Node
 from mstar.engine.request import Request
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.base import Inputs, Model, Setup
+from mstar.models.parameters import Parameter, Parameters, demand
+from mstar.models.vjepa2.config import PUBLISHED
 from mstar.models.vjepa2.latents import give
-from mstar.models.vjepa2.networks import VJEPA2, find_config, load_networks
+from mstar.models.vjepa2.networks import BLOCKS, VJEPA2, find_config, load_networks
 from mstar.models.vjepa2.preprocess import PixelRule, cropped, normalise, pixel_rule
 from mstar.models.vjepa2.requests import Asked, Masks, Seen, frames_of, masks_of, still_or_clip
 
 __all__ = ["VJepa2"]
 
+_OPTIONS = Parameters(
+    "vjepa2",
+    [
+        Parameter("options.size", str, choices=tuple(PUBLISHED)),
+        Parameter("options.pooler_heads", int, low=1),
+        Parameter("options.max_rollout", int, 16, low=1),
+    ],
+)
 _MOST_TOKENS = 1 << 16  # of one batch
 _CAPTURED_TOKENS = 1 << 12  # of a batch that is worth a captured step: larger ones take their time
 
@@ -38,6 +49,7 @@ class VJepa2(Model):
     """Nodes `encode`, `predict` and `classify`. Clips of one shape share a batch."""
 
     options = ("size", "pooler_heads", "max_rollout")
+    quantized = BLOCKS
 
     def __init__(
         self, networks: VJEPA2, rule: PixelRule, device: torch.device, max_rollout: int = 16
@@ -68,13 +80,10 @@ class VJepa2(Model):
     def load(cls, setup: Setup) -> VJepa2:
         """See `Model.load`. Options: `size`, the published size that is meant where no config.json
         says; `pooler_heads`, of the classifier; `max_rollout`, the longest horizon."""
-        folder, options = setup.folders["vjepa2"], setup.options
-        heads, longest = options.get("pooler_heads"), options.get("max_rollout", 16)
-        for name, value in (("pooler_heads", heads), ("max_rollout", longest)):
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not whole and (name, value) != ("pooler_heads", None):
-                raise InvalidRequest(f"options.{name}", value, "must be an integer of at least 1")
-        config = find_config(folder, options.get("size"))
+        folder = setup.folders["vjepa2"]
+        options = {f"options.{name}": value for name, value in setup.options.items()}
+        size, heads, longest = _OPTIONS.validate(options).values()
+        config = find_config(folder, size)
         try:
             if config.labels:
                 config.pooler(heads)
@@ -82,7 +91,7 @@ class VJepa2(Model):
             raise InvalidRequest("options.pooler_heads", heads, str(error)) from None
         file = folder / "video_preprocessor_config.json"
         try:
-            rule = pixel_rule(config.crop_size, file if options.get("size") is None else None)
+            rule = pixel_rule(config.crop_size, file if size is None else None)
         except (OSError, TypeError, ValueError) as error:
             raise WeightsError(f"cannot use {file}: {error}") from error
         networks = load_networks(
@@ -92,13 +101,13 @@ class VJepa2(Model):
             config=config,
             pooler_heads=heads,
             dummy=setup.dummy,
+            quantization=setup.quantization,
             progress=setup.progress,
         )
         return cls(networks, rule, setup.device, longest)
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """See `Model.nodes`."""
         return (self.encode, self.predict, self.classify)
 
     def tokens(self, frames: Tensor) -> int:
@@ -107,15 +116,13 @@ class VJepa2(Model):
         count = len(frames) * size if len(frames) < size else len(frames)
         return count // size * self.grid**2
 
-    # -- laying a request out ----------------------------------------------------------------
-
     def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> _Plan:
         """See `Model.prepare`. Labels are made for `classify` or the output `text`; latents beside
         them if both outputs are named."""
         classify = params["classify"] or "text" in outputs
-        if classify and self.net.classifier is None:
-            told = ("classify", True) if params["classify"] else ("output_modalities", outputs)
-            raise InvalidRequest(*told, "this checkpoint has no classifier")
+        told = ("classify", True) if params["classify"] else ("output_modalities", outputs)
+        able = not classify or self.net.classifier is not None
+        demand(able, *told, "this checkpoint has no classifier")
         field, value = still_or_clip(inputs)
         frames = self.frames(field, value, params["num_frames"], params["fps"])
         count = self.tokens(frames)
@@ -125,19 +132,17 @@ class VJepa2(Model):
         return _Plan(frames, masks, classify, "latent" in outputs and not labels_alone)
 
     def masks(self, params: Mapping[str, Any], tokens: int) -> Masks | None:
-        """See `masks_of`: the future ends where the longest clip of training, put behind this one,
-        would."""
+        """See `masks_of`: the future is as long as the longest clip of training."""
         future = self.config.frames_per_clip // self.config.tubelet_size * self.grid**2
         return masks_of(params, tokens, tokens + future)
 
     def frames(
         self, field: str, value: Any, num_frames: int | None = None, fps: float | None = None
     ) -> Tensor:
-        """Frames of what was given as `field`; see `frames_of`."""
         return frames_of(
             field,
             value,
-            partial(cropped, rule=self.rule),
+            partial(cropped, rule=self.rule, device=self.device),
             num_frames=num_frames,
             fps=fps,
             usual=self.config.frames_per_clip,
@@ -146,23 +151,16 @@ class VJepa2(Model):
 
     def _check_rollout(self, params: dict[str, Any], tokens: int) -> None:
         horizon, size = params["rollout_horizon"], self.config.tubelet_size
-        if horizon > self.max_rollout:
-            allowed = f"must be at most {self.max_rollout}, the engine's option max_rollout"
-            raise InvalidRequest("rollout_horizon", horizon, allowed)
-        if horizon < 2:
-            return
-        frames = params["num_output_frames"]
-        if frames < size or frames // size * self.grid**2 >= tokens:
-            most = (tokens // self.grid**2 - 1) * size
-            allowed = f"must be from a tubelet, {size}, to less than the clip has, {most}"
-            if most < size:
-                allowed = f"a rollout needs a clip of at least {2 * size} frames"
-            raise InvalidRequest("num_output_frames", frames, allowed)
-
-    # -- the walk ----------------------------------------------------------------------------
+        allowed = f"must be at most {self.max_rollout}, the engine's option max_rollout"
+        demand(horizon <= self.max_rollout, "rollout_horizon", horizon, allowed)
+        frames, most = params["num_output_frames"], (tokens // self.grid**2 - 1) * size
+        allowed = f"must be from a tubelet, {size}, to less than the clip has, {most}"
+        if most < size:
+            allowed = f"a rollout needs a clip of at least {2 * size} frames"
+        good = horizon < 2 or size <= frames < most + size
+        demand(good, "num_output_frames", frames, allowed)
 
     async def walk(self, request: Request) -> str:
-        """Encode, then as far as was asked."""
         plan: _Plan = request.inputs
         params, masks = request.params, plan.masks
         visible = masks.context if masks and params["context_only"] else None
@@ -176,11 +174,8 @@ class VJepa2(Model):
         elif params["rollout_horizon"] > 1:
             await self._rollout(request, tokens)
         else:
-            if visible is None:
-                asked = self.asked(tokens, masks)
-            else:
-                asked = Asked(tokens, masks.context, masks.targets)
-            give(request, (await self.predict(asked))[None])
+            asked = Asked(tokens, masks.context, masks.targets) if visible is not None else None
+            give(request, (await self.predict(asked or self.asked(tokens, masks)))[None])
         return "stop"
 
     async def _rollout(self, request: Request, tokens: Tensor) -> None:
@@ -192,16 +187,14 @@ class VJepa2(Model):
         for _ in range(params["rollout_horizon"]):
             found = await self.predict(Asked(tokens, ids, targets))
             tokens = torch.cat([tokens[count:], found])  # numbered from 0 again
+            steps.append(found)
             if params["stream_rollout"]:
-                give(request, found[None])
-            else:
-                steps.append(found)
+                give(request, steps.pop()[None])
         for found in steps:
             give(request, found[None])
 
     def asked(self, tokens: Tensor, masks: Masks | None) -> Asked:
-        """What the predictor is asked about a whole clip's tokens `[tokens, hidden]`; without masks
-        all of them are seen, and predicted."""
+        """What is asked about a whole clip's tokens `[tokens, hidden]`: all of it without masks."""
         if masks is None:
             ids = torch.arange(len(tokens))
             return Asked(tokens, ids, ids)
@@ -212,19 +205,15 @@ class VJepa2(Model):
         labels = [self.config.labels[index] for index in order[:count].tolist()]
         request.emit_text(labels[0], labels=labels, scores=scores[:count].tolist())
 
-    # -- the nodes ---------------------------------------------------------------------------
-
     def _encode(self, batch: list[Seen]) -> list[Tensor]:
-        frames = torch.stack([seen.frames for seen in batch]).to(self.device)
-        ids = [torch.stack([seen.ids for seen in batch])] if batch[0].ids is not None else []
+        inputs = [torch.stack([seen.frames for seen in batch])]
+        if batch[0].ids is not None:
+            inputs.append(torch.stack([seen.ids for seen in batch]))
 
         def step(frames: Tensor, *ids: Tensor) -> tuple[Tensor]:
             return (self.net.encoder(normalise(frames, self.rule.mean, self.rule.std), *ids),)
 
-        if sum(self.encode.cost(seen) for seen in batch) > _CAPTURED_TOKENS:
-            return list(step(frames, *(each.to(self.device) for each in ids))[0])
-        (tokens,) = self._steps.run(step, frames, *ids, key="encode")
-        return list(tokens.clone())
+        return self._run("encode", step, inputs, sum(map(self.encode.cost, batch)))
 
     def _predict(self, batch: list[Asked]) -> list[Tensor]:
         names = ("context", "context_ids", "target_ids")
@@ -233,10 +222,13 @@ class VJepa2(Model):
         def step(context: Tensor, context_ids: Tensor, target_ids: Tensor) -> tuple[Tensor]:
             return (self.net.predictor(context, context_ids, target_ids, self.grid, self.grid),)
 
-        if sum(map(self.predict.cost, batch)) > _CAPTURED_TOKENS:
+        return self._run("predict", step, inputs, sum(map(self.predict.cost, batch)))
+
+    def _run(self, key: str, step: Step, inputs: list[Tensor], tokens: int) -> list[Tensor]:
+        """One result for each of a batch."""
+        if tokens > _CAPTURED_TOKENS:
             return list(step(*(each.to(self.device) for each in inputs))[0])
-        (found,) = self._steps.run(step, *inputs, key="predict")
-        return list(found.clone())
+        return list(self._steps.run(step, *inputs, key=key)[0].clone())
 
     def _classify(self, batch: list[Tensor]) -> list[Tensor]:
         return list(self.net.classifier(torch.stack(batch)))
@@ -248,8 +240,11 @@ class VJepa2(Model):
             (tokens,) = self._encode([Seen(torch.zeros(shape, dtype=torch.uint8))])
             self._predict([self.asked(tokens, None)])
 
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        """See `Model.examples`."""
+        return [{"images": Image.new("RGB", (self.rule.shortest + 8, self.rule.shortest + 1))}]
+
     def world_of(self, engine: Any) -> Any:
-        """See `Model.world_of`: a `World`."""
         from mstar.models.vjepa2.world import World
 
         return World(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
@@ -10,21 +11,23 @@ from torch import Tensor
 
 from mstar.engine.node import Node
 from mstar.engine.request import Request
-from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs, Model, Setup
+from mstar.models.parameters import demand
 from mstar.models.vjepa2.ac_flows import WorldModel
-from mstar.models.vjepa2.ac_networks import AcNetworks, load_ac_networks
 from mstar.models.vjepa2.ac_nodes import Seeing
-from mstar.models.vjepa2.ac_requests import Asked, lay_out
+from mstar.models.vjepa2.ac_requests import Asked, Search, lay_out
 from mstar.models.vjepa2.cem import cost
 from mstar.models.vjepa2.latents import give
-from mstar.models.vjepa2.rollout import Rollouts
+from mstar.models.vjepa2.networks import BLOCKS, AcNetworks, load_ac_networks
+from mstar.models.vjepa2.rollout import Start
 
 __all__ = ["VJepa2Ac"]
 
 
 class VJepa2Ac(Model):
     """Nodes `encode`, `predict` and `imagine`; see `AcNodes`."""
+
+    quantized = BLOCKS
 
     def __init__(self, networks: AcNetworks) -> None:
         self.networks = (networks,)
@@ -33,30 +36,25 @@ class VJepa2Ac(Model):
 
     @classmethod
     def load(cls, setup: Setup) -> VJepa2Ac:
-        """See `Model.load`."""
         return cls(
             load_ac_networks(
                 setup.folders["vjepa2_ac"],
                 device=setup.device,
                 dtype=setup.dtype,
                 dummy=setup.dummy,
+                quantization=setup.quantization,
                 progress=setup.progress,
             )
         )
 
     @property
     def nodes(self) -> Sequence[Node]:
-        """See `Model.nodes`."""
         return self.world.encode, self.world.predict, self.world.whole
 
     def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> Asked:
-        """See `Model.prepare`."""
         return lay_out(inputs, params, outputs, self.config)
 
-    # -- the walk ----------------------------------------------------------------------------
-
     async def walk(self, request: Request) -> str:
-        """Encode what is looked at, and follow the flow."""
         asked: Asked = request.inputs
         if asked.flow == "encode":
             seen = await self.world.see(asked.seen, asked.clip)
@@ -92,44 +90,35 @@ class VJepa2Ac(Model):
         costs, predicted = (found, None) if alone else (far(found), found.flatten(1, 2))
         self._choose(request, asked.moves[0], costs, predicted)
 
-    async def _rollout(
-        self, request: Request, asked: Asked, rollouts: Rollouts, goal: None
-    ) -> None:
-        step = iter(range(1, asked.course.actions.shape[1] + 1))
+    async def _rollout(self, request: Request, asked: Asked, start: Start, goal: None) -> None:
+        path, step = asked.course, count(1)
 
         def each(latents: Tensor) -> None:
             give(request, latents, name="predicted", step=next(step))
 
-        path, tell = asked.course, each if request.params["stream_rollout"] else None
-        found = await self.world.imagine(rollouts, path.actions, path.states, tell)
-        if tell is None:
-            for latents in found.unbind(1):
-                each(latents)
+        tell = each if request.params["stream_rollout"] else None
+        found = await self.world.imagine(start, path.actions, path.states, tell)
+        for latents in found.unbind(1) if tell is None else ():
+            each(latents)
 
-    async def _score(
-        self, request: Request, asked: Asked, rollouts: Rollouts, goal: Tensor
-    ) -> None:
+    async def _score(self, request: Request, asked: Asked, start: Start, goal: Tensor) -> None:
         path, params = asked.course, request.params
+        given, found = (start, path.actions, path.states), None
         if params["return_latents"] is not False:
-            found = (await self.world.imagine(rollouts, path.actions, path.states))[:, -1]
+            found = (await self.world.imagine(*given))[:, -1]
             costs = cost(found, goal, params["cost"], None)
         else:
-            found = None
-            costs = await self.world.score(
-                rollouts, path.actions, path.states, goal, params["cost"]
-            )
+            costs = await self.world.score(*given, goal, params["cost"])
         self._choose(request, path.actions, costs, found)
 
-    async def _energy(
-        self, request: Request, asked: Asked, rollouts: Rollouts, goal: Tensor
-    ) -> None:
+    async def _energy(self, request: Request, asked: Asked, start: Start, goal: Tensor) -> None:
         path, params = asked.course, request.params
-        costs = await self.world.score(rollouts, path.actions, path.states, goal, params["cost"])
+        costs = await self.world.score(start, path.actions, path.states, goal, params["cost"])
         grid = costs.unflatten(0, (params["energy"], -1))
         give(request, grid, name="energy", axes=params["energy_axes"], span=params["energy_span"])
 
-    async def _plan(self, request: Request, asked: Asked, rollouts: Rollouts, goal: Tensor) -> None:
-        found = await self.world.plan(asked, rollouts, goal, request.submitted)
+    async def _plan(self, request: Request, asked: Asked, start: Start, goal: Tensor) -> None:
+        found = await self.world.plan(asked, start, goal, request.submitted)
         actions = found.actions.cpu().numpy()
         form = {"dtype": "float32", "shape": list(actions.shape)}
         request.emit_actions(actions, iterations=len(found.costs), **form)
@@ -138,7 +127,7 @@ class VJepa2Ac(Model):
                 give(request, costs, name="costs", iteration=iteration)
             if request.params["return_latents"]:
                 planned = found.actions.unsqueeze(0)
-                latents = await self.world.imagine(rollouts, planned, found.states)
+                latents = await self.world.imagine(start, planned, found.states)
                 give(request, latents, name="predicted")
 
     def _choose(
@@ -154,24 +143,25 @@ class VJepa2Ac(Model):
             request.emit_actions(actions[best].cpu().numpy(), best_index=best)
 
     def warmup(self) -> None:
-        """See `Model.warmup`: one frame is seen. Rollouts and plans are captured when their number
-        of samples and steps is first asked for."""
+        """See `Model.warmup`: one frame is seen, and two. Plans with the usual settings are
+        captured; others when they are first asked for, or when their policy is made."""
         frame = torch.zeros(1, 3, *self.config.img_size, dtype=torch.uint8)
-        self.world.encode.run([Seeing(frame, False)])
+        for batch in (1, 2):
+            self.world.encode.run([Seeing(frame, False)] * batch)
+        for call in self.world.shapes(Search()):
+            self.world.whole.run([call])
 
     def world_of(self, engine: Any) -> Any:
-        """See `Model.world_of`: an `AcWorld`."""
         from mstar.models.vjepa2.ac_world import AcWorld
 
         return AcWorld(engine)
 
     def policy_of(self, engine: Any, robot: Any, rename: Mapping[str, str] | None) -> Any:
-        """See `Model.policy_of`: a `PlanningPolicy`; `robot` is its settings."""
+        """See `Model.policy_of`; `robot` is the settings of a `PlanningPolicy`."""
         from mstar.models.vjepa2.ac_policy import PlanningPolicy
 
         if robot is None:  # a server asks, to show a policy that needs no more than observations
             raise NotImplementedError("a plan needs settings: engine.policy({'goal': image, ...})")
-        if not isinstance(robot, Mapping):
-            allowed = "must be settings of engine.plan: {'goal': image, 'samples': 100, ...}"
-            raise InvalidRequest("robot", robot, allowed)
+        allowed = "must be settings of engine.plan: {'goal': image, 'samples': 100, ...}"
+        demand(isinstance(robot, Mapping), "robot", robot, allowed)
         return PlanningPolicy(engine, robot, rename)

@@ -5,19 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mstar.engine.layers.quantized import Quantization
 from mstar.engine.weights import load, randomize
-from mstar.errors import InvalidRequest, WeightsError, nearest
+from mstar.errors import WeightsError
+from mstar.models.vjepa2.ac_config import AcConfig
+from mstar.models.vjepa2.ac_predictor import AcPredictor
 from mstar.models.vjepa2.classifier import Classifier
 from mstar.models.vjepa2.config import PUBLISHED, VJEPA2Config
 from mstar.models.vjepa2.encoder import Encoder
 from mstar.models.vjepa2.layout import Published
 from mstar.models.vjepa2.predictor import Predictor
+from mstar.models.vjepa2.preprocess import pixels
 
-__all__ = ["VJEPA2", "find_config", "load_networks"]
+__all__ = [
+    "BLOCKS",
+    "VJEPA2",
+    "AcNetworks",
+    "find_config",
+    "load_ac_networks",
+    "load_networks",
+]
+
+# Names of what is quantised: matrices of the transformers, not of the classifier.
+BLOCKS = r"^((encoder|predictor)\.)?(predictor_)?blocks\.\d+\.(attn|mlp)\."
+_Networks = TypeVar("_Networks", bound=nn.Module)
 
 _WIDTH = ("encoder.patch_embed.proj.bias", "encoder.embeddings.patch_embeddings.proj.bias")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -25,11 +41,7 @@ _HEAD = ("linear.bias", "classifier.bias")
 
 
 class VJEPA2(nn.Module):
-    """Encoder and predictor, and the classifier of a checkpoint that has one.
-
-    Args:
-        pooler_heads: of the classifier, if not as many as the encoder's.
-    """
+    """Encoder and predictor, and the classifier of a checkpoint that has one."""
 
     def __init__(self, config: VJEPA2Config, pooler_heads: int | None = None) -> None:
         super().__init__()
@@ -42,6 +54,33 @@ class VJEPA2(nn.Module):
             self.classifier = Classifier(sizes, config.num_pooler_layers, len(config.labels))
 
 
+class AcNetworks(nn.Module):
+    """Encoder and predictor of V-JEPA 2-AC."""
+
+    def __init__(self, config: AcConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder)
+        self.predictor = AcPredictor(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.predictor.predictor_norm.weight.device
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        """What is encoded of square frames uint8 `[frames, 3, side, side]`."""
+        return pixels(frames, self.config.img_size)
+
+    def encode_frames(self, pixels: Tensor) -> Tensor:
+        """Latents `[frames, patches, embed_dim]` of pixels, those of each frame by itself as a clip
+        in which nothing moves, normed."""
+        return self.predictor.norm(self.encoder.encode_static(pixels))
+
+    def encode_clip(self, pixels: Tensor) -> Tensor:
+        """Latents `[times, patches, embed_dim]` of one clip, not normed."""
+        return self.encoder(pixels.unsqueeze(0))[0].unflatten(0, (-1, self.config.patches))
+
+
 def find_config(folder: Path, size: str | None = None) -> VJEPA2Config:
     """What the files in `folder` describe. The original files have no config: theirs is the
     published one of that width, or of the file's name.
@@ -50,11 +89,8 @@ def find_config(folder: Path, size: str | None = None) -> VJEPA2Config:
         size: one of `PUBLISHED`, instead.
 
     Raises:
-        InvalidRequest: `size` is none of them. WeightsError: a file is missing or wrong.
+        WeightsError: a file is missing or wrong.
     """
-    if size is not None and size not in PUBLISHED:
-        allowed = f"must be one of {', '.join(PUBLISHED)}{nearest(str(size), PUBLISHED)}"
-        raise InvalidRequest("options.size", size, allowed)
     path = folder / "config.json"
     if size is None and path.is_file():
         try:
@@ -72,32 +108,42 @@ def find_config(folder: Path, size: str | None = None) -> VJEPA2Config:
 
 
 def load_networks(
+    folder: Path, *, config: VJEPA2Config | None = None, pooler_heads: int | None = None, **how: Any
+) -> VJEPA2:
+    """Networks of a config, by default that of the folder, as `_filled` has them."""
+    with torch.device("meta"):
+        networks = VJEPA2(config or find_config(folder), pooler_heads)
+    return _filled(networks, folder, **how)
+
+
+def load_ac_networks(folder: Path, *, config: AcConfig | None = None, **how: Any) -> AcNetworks:
+    """Networks of a config, by default that of the folder, as `_filled` has them."""
+    with torch.device("meta"):
+        networks = AcNetworks(config or AcConfig.from_folder(folder))
+    return _filled(networks, folder, **how)
+
+
+def _filled(
+    networks: _Networks,
     folder: Path,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    config: VJEPA2Config | None = None,
-    pooler_heads: int | None = None,
     dummy: bool = False,
+    quantization: Quantization | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> VJEPA2:
-    """Networks with their weights, or with random ones if they are a `dummy`.
-
-    Args:
-        config: `find_config(folder)` if left out.
-        pooler_heads: see `VJEPA2`.
+) -> _Networks:
+    """Networks from "meta" with their weights, or with random ones if they are a `dummy`.
 
     Raises:
         WeightsError: a file is missing or wrong, or lacks a tensor.
     """
-    config = config or find_config(folder)
-    with torch.device("meta"):
-        networks = VJEPA2(config, pooler_heads)
     if dummy:
-        return randomize(networks, device=device, dtype=dtype).eval()
+        return randomize(networks, device=device, dtype=dtype, quantization=quantization).eval()
     checkpoint = Published(folder)
-    for network in filter(None, (networks.encoder, networks.predictor, networks.classifier)):
-        load(network, checkpoint, device=device, dtype=dtype, progress=progress)
+    for network in networks.children():
+        how = {"quantization": quantization, "progress": progress}
+        load(network, checkpoint, device=device, dtype=dtype, **how)
     return networks.eval()
 
 

@@ -1,7 +1,6 @@
 """Poses of an end effector: x, y, z, the angles roll, pitch, yaw, and how closed the gripper is.
 
-Angles are extrinsic x-y-z Euler angles in radians: R = Rz(yaw) Ry(pitch) Rx(roll). Everything is
-computed in float64 and given in the dtype of the pose.
+Angles are extrinsic x-y-z Euler angles in radians: R = Rz(yaw) Ry(pitch) Rx(roll).
 """
 
 from __future__ import annotations
@@ -9,29 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["difference", "integrate", "trajectory"]
-
-
-def integrate(pose: Tensor, delta: Tensor) -> Tensor:
-    """The pose `[..., 7]` after a change `[..., 7]`, with canonical angles: |pitch| <= pi / 2."""
-    before, change = torch.broadcast_tensors(pose.double(), delta.double())
-    position = before[..., :3] + change[..., :3]
-    turned = _angles(_matrix(change[..., 3:6]) @ _matrix(before[..., 3:6]))
-    gripper = (before[..., 6:] + change[..., 6:]).clamp(0, 1)
-    return torch.cat([position, turned, gripper], -1).to(pose.dtype)
-
-
-def difference(before: Tensor, after: Tensor) -> Tensor:
-    """The change `[..., 7]` that leads from one pose to the other."""
-    first, second = before.double(), after.double()
-    turned = _matrix(second[..., 3:6]) @ _matrix(first[..., 3:6]).transpose(-1, -2)
-    moved = second[..., :3] - first[..., :3]
-    return torch.cat([moved, _angles(turned), second[..., 6:] - first[..., 6:]], -1).to(after.dtype)
+__all__ = ["trajectory"]
 
 
 def trajectory(pose: Tensor, actions: Tensor) -> Tensor:
     """Poses `[samples, steps + 1, 7]`: one `[samples or 1, 7]`, and those after each of the actions
-    `[samples, steps, 7]`, as of `integrate` but rounded once."""
+    `[samples, steps, 7]`, with canonical angles: |pitch| <= pi / 2. Computed in float64."""
     first = pose.expand(len(actions), 7).unsqueeze(1)
     if not actions.shape[1]:
         return first

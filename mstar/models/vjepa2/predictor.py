@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mstar.engine.weights import Source
 from mstar.models.vjepa2.block import Block, apply
 from mstar.models.vjepa2.config import VJEPA2Config
-from mstar.models.vjepa2.names import BLOCK, sources
+from mstar.models.vjepa2.layout import BLOCK, sources
 from mstar.models.vjepa2.rotary import grid_rotation
 
 __all__ = ["Predictor"]
@@ -39,7 +39,6 @@ class Predictor(nn.Module):
         self.predictor_proj = nn.Linear(sizes.width, config.hidden_size)
 
     def sources(self, name: str) -> Sequence[Source]:
-        """Where parameter `name` is in a checkpoint."""
         if name == "mask_tokens":
             each = (f"predictor.mask_tokens.{i}" for i in range(len(self.mask_tokens)))
             return Source(("predictor.embeddings.mask_tokens",)), Source(tuple(each))

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mstar.models.fields import check_sizes, read_object
+from mstar.engine.kernels.resize import resized_on
+from mstar.models.fields import check_fields, read_object
 
 __all__ = ["PixelRule", "cropped", "normalise", "pixel_rule", "pixels", "squares"]
 
@@ -24,16 +25,9 @@ _STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class PixelRule:
-    """How frames become pixels.
-
-    Args:
-        crop: a side of the square that is kept, in pixels.
-        shortest: the shorter side before that.
-        mean, std: of the colours, in units of full brightness.
-
-    Raises:
-        ValueError: nothing can be cropped like that.
-    """
+    """How frames become pixels: the shorter side is brought to `shortest` pixels, and a square of
+    `crop` is kept; `mean` and `std` of the colours are in units of full brightness. Raises
+    ValueError if nothing can be cropped like that."""
 
     crop: int
     shortest: int
@@ -41,7 +35,7 @@ class PixelRule:
     std: tuple[float, ...] = _STD
 
     def __post_init__(self) -> None:
-        check_sizes(vars(self), ("crop", "shortest"))
+        check_fields(self)
         if self.shortest < self.crop:
             raise ValueError(f"shortest={self.shortest}: must hold the crop of {self.crop}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(s > 0 for s in self.std):
@@ -50,10 +44,7 @@ class PixelRule:
 
 def pixel_rule(crop: int, file: Path | None = None) -> PixelRule:
     """The rule for crops of some size, with what a video_preprocessor_config.json says instead.
-
-    Raises:
-        OSError, ValueError: the file cannot be used.
-    """
+    Raises OSError or ValueError."""
     given = read_object(file) if file is not None and file.is_file() else {}
     size = given.get("size") or {}
     sides = given.get("crop_size") or crop
@@ -70,21 +61,27 @@ def pixel_rule(crop: int, file: Path | None = None) -> PixelRule:
     )
 
 
-def cropped(images: Iterable[Image.Image], rule: PixelRule) -> Tensor:
+def cropped(
+    images: Iterable[Image.Image], rule: PixelRule, device: torch.device | None = None
+) -> Tensor:
     """Frames uint8 `[frames, 3, crop, crop]`: resized (bilinear, antialiased, the longer side
-    truncated), then cropped at the centre."""
-    frames = [_cropped(np.array(image), rule) for image in images]
+    truncated; on a GPU, if that is the device), then cropped at the centre."""
+    frames = [_cropped(np.array(image), rule, device) for image in images]
     return torch.stack(frames) if frames else torch.empty(0, 3, rule.crop, rule.crop)
 
 
-def _cropped(frame: np.ndarray, rule: PixelRule) -> Tensor:
+def _cropped(frame: np.ndarray, rule: PixelRule, device: torch.device | None) -> Tensor:
     x = torch.from_numpy(frame).permute(2, 0, 1)
     short, long = sorted(x.shape[1:])
     if short != rule.shortest:
         long = int(rule.shortest * long / short)
         tall = x.shape[1] > x.shape[2]
         size = (long, rule.shortest) if tall else (rule.shortest, long)
-        x = F.interpolate(x[None], size=size, mode="bilinear", antialias=True)[0]
+        if device is not None and device.type == "cuda":
+            frame = resized_on(device, frame, size, "bilinear", "torch")
+            x = torch.from_numpy(frame).permute(2, 0, 1)
+        else:
+            x = F.interpolate(x[None], size=size, mode="bilinear", antialias=True)[0]
     top, left = ((side - rule.crop) // 2 for side in x.shape[1:])
     return x[:, top : top + rule.crop, left : left + rule.crop]
 
@@ -98,11 +95,8 @@ def normalise(
 
 
 def squares(images: Iterable[Image.Image]) -> Tensor:
-    """The squares at the centre of frames of one size, uint8 `[frames, 3, side, side]`.
-
-    Raises:
-        ValueError: there are no frames, or their sizes differ.
-    """
+    """The squares at the centre of frames of one size, uint8 `[frames, 3, side, side]`. Raises
+    ValueError if there are no frames, or their sizes differ."""
     found = []
     for image in images:
         height, width = image.height, image.width

@@ -1,4 +1,7 @@
-"""A request, laid out in the caller's thread: its frames, and the tokens that it names."""
+"""A request, laid out in the caller's thread: its frames, and the tokens that it names.
+
+Whatever is missing, or does not fit, raises InvalidRequest.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,9 @@ from mstar.errors import InvalidRequest
 from mstar.io.rgb import shown
 from mstar.io.video import Video, open_video
 from mstar.models.base import Inputs
+from mstar.models.parameters import demand
 
-__all__ = [
-    "Asked",
-    "Masks",
-    "Seen",
-    "frames_of",
-    "masks_of",
-    "still_or_clip",
-]
+__all__ = ["Asked", "Masks", "Seen", "frames_of", "masks_of", "still_or_clip"]
 
 _MOST_FRAMES = 1024
 _LONGEST = 3600.0  # seconds of a file
@@ -61,19 +58,13 @@ class Asked:
 
 
 def still_or_clip(inputs: Inputs) -> tuple[str, Any]:
-    """The field that holds the one clip of a request, and what it holds.
-
-    Several images are the frames of a clip; a single one stands still.
-
-    Raises:
-        InvalidRequest: there is none, or more than one.
-    """
-    if inputs.images and inputs.video:
-        raise InvalidRequest("images", f"{len(inputs.images)} images", "give images or a video")
+    """The field that holds the one clip of a request, and what it holds: several images are the
+    frames of a clip; a single one stands still."""
+    both = bool(inputs.images and inputs.video)
+    demand(not both, "images", f"{len(inputs.images)} images", "give images or a video")
     field = "images" if inputs.images else "video"
     values = list(getattr(inputs, field))
-    if not values:
-        raise InvalidRequest("video", None, "nothing was given")
+    demand(bool(values), "video", None, "nothing was given")
     return field, values[0] if len(values) == 1 else values
 
 
@@ -98,13 +89,10 @@ def frames_of(
         usual: the most frames that are taken from a file, if nobody says; None for all.
         tubelet: a video must have as many frames; images need not.
         first: only so many of the frames, from the beginning; the others are not decoded.
-
-    Raises:
-        InvalidRequest: it is no clip, a broken one, or too short or too long.
     """
-    if isinstance(value, list) and any(getattr(item, "ndim", 0) == 4 for item in value):
-        allowed = "one clip a request; generate_batch takes several requests"
-        raise InvalidRequest(field, f"{len(value)} clips", allowed)
+    several = isinstance(value, list) and any(getattr(item, "ndim", 0) == 4 for item in value)
+    allowed = "one clip a request; generate_batch takes several requests"
+    demand(not several, field, "several clips", allowed)
     told = f"{len(value)} frames" if isinstance(value, list) else shown(value)
     try:
         video = open_video(value, _LONGEST)
@@ -133,50 +121,32 @@ def frames_of(
 def _chosen(
     video: Video, num_frames: int | None, fps: float | None, usual: int | None
 ) -> Sequence[int]:
-    """The frames that are taken, evenly from the first on, as published.
-
-    Args:
-        num_frames: how many.
-        fps: or how many of a second.
-        usual: or at most so many.
-
-    Raises:
-        InvalidRequest: there are not so many, or nobody knows how many a second has.
-        ValueError: there are none at all.
-    """
+    """The frames that are taken, evenly from the first on, as published: so many, or so many of a
+    second, or at most the usual number. Raises ValueError if there are none."""
     if not video.count:
         raise ValueError("it has no frames")
     if fps is not None:
-        if video.fps is None:
-            raise InvalidRequest("fps", fps, "only files of videos say how long a frame is shown")
+        known = video.fps is not None
+        demand(known, "fps", fps, "only files of videos say how long a frame is shown")
         count = max(1, int(video.count / video.fps * fps))
     else:
         count = num_frames or min(video.count, usual or video.count)
-    if count > video.count:
-        given = ("num_frames", num_frames) if fps is None else ("fps", fps)
-        raise InvalidRequest(*given, f"there are {video.count} frames")
+    given = ("num_frames", num_frames) if fps is None else ("fps", fps)
+    demand(count <= video.count, *given, f"there are {video.count} frames")
     return [k * video.count // count for k in range(count)]
 
 
 def masks_of(params: Mapping[str, Any], tokens: int, end: int) -> Masks | None:
-    """The masks that were given, checked against a clip of so many tokens.
-
-    Args:
-        end: targets may lie behind the clip, up to here.
-
-    Raises:
-        InvalidRequest: a token is out of range, or there are too many.
-    """
+    """The masks that were given, checked against a clip of so many tokens; targets may lie behind
+    it, up to `end`."""
     if params["context_mask"] is None:
         return None
     limits = {"context_mask": tokens, "target_mask": end}
     for field, limit in limits.items():
         ids = params[field]
-        if ids.max() >= limit:
-            allowed = f"{ids.max()} is out of range; the clip has the tokens 0 to {tokens - 1}"
-            if field == "target_mask":
-                allowed += f", and its future ends with {end - 1}"
-            raise InvalidRequest(field, f"{len(ids)} tokens", allowed)
-        if len(ids) > limit:
-            raise InvalidRequest(field, f"{len(ids)} tokens", f"must be at most {limit}")
+        allowed = f"{ids.max()} is out of range; the clip has the tokens 0 to {tokens - 1}"
+        if field == "target_mask":
+            allowed += f", and its future ends with {end - 1}"
+        demand(ids.max() < limit, field, f"{len(ids)} tokens", allowed)
+        demand(len(ids) <= limit, field, f"{len(ids)} tokens", f"must be at most {limit}")
     return Masks(*(torch.from_numpy(params[field]) for field in limits))

@@ -22,12 +22,8 @@ _BASE = 10000.0
 
 
 class Rotation(NamedTuple):
-    """What tokens' channels are multiplied with, and what their neighbours are.
-
-    Args:
-        own, other: float32 `[tokens, head_dim]` or `[batch, tokens, head_dim]`; the last channel of
-            an odd number of them, which is never turned, is left out.
-    """
+    """What tokens' channels are multiplied with, and what their neighbours are: float32 `[tokens,
+    head_dim]` or `[batch, tokens, head_dim]`, but for the last of an odd number of channels."""
 
     own: Tensor
     other: Tensor

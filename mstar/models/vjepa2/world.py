@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from mstar.errors import InvalidRequest
 from mstar.models.vjepa2.latents import Latents, latents_of
 from mstar.models.vjepa2.requests import Seen
@@ -19,7 +17,7 @@ __all__ = ["World"]
 
 
 class World:
-    """`Engine.encode` and `Engine.predict`."""
+    """`Engine.encode` and `Engine.predict`. What does not fit raises InvalidRequest."""
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -28,24 +26,12 @@ class World:
     def encode(
         self, frames: Any, *, num_frames: int | None = None, fps: float | None = None
     ) -> Latents:
-        """The encoder's tokens of a clip, `[tokens, hidden]`.
-
-        Args:
-            frames: a video, a list of images or an image, as for `generate`; what has less frames
-                than a tubelet stands still.
-            num_frames, fps: frames that are taken; see the parameters of `generate`.
-
-        Raises:
-            InvalidRequest: it is no clip, or a broken one.
-        """
+        """The encoder's tokens `[tokens, hidden]` of a video, a list of images or an image; what
+        has less frames than a tubelet stands still. See the parameters of `generate`."""
         given = {"num_frames": num_frames, "fps": fps}
         params = self.engine.card.parameters.validate(given)
         seen = Seen(self.model.frames("frames", frames, params["num_frames"], params["fps"]))
-
-        async def walk(_: Any) -> Tensor:
-            return await self.model.encode(seen)
-
-        return Latents(self.engine.run(walk))
+        return Latents(self.engine.run(lambda _: self.model.encode(seen)))
 
     def predict(self, latents: Any, context_mask: Any = None, target_mask: Any = None) -> Latents:
         """What the predictor makes of a clip's tokens, `[targets, hidden]`.
@@ -54,9 +40,6 @@ class World:
             latents: of `encode`, or an array `[tokens, hidden]`, of a whole clip.
             context_mask, target_mask: numbers of the tokens that are seen, and of those that are
                 predicted; all of the clip's if left out.
-
-        Raises:
-            InvalidRequest: latents or masks do not fit.
         """
         model, width = self.model, self.model.config.hidden_size
         tokens = latents_of("latents", latents)
@@ -68,8 +51,4 @@ class World:
         given = {"context_mask": context_mask, "target_mask": target_mask}
         masks = model.masks(self.engine.card.parameters.validate(given), len(tokens))
         tokens = tokens.to(model.device, model.net.encoder.norm.weight.dtype)
-
-        async def walk(_: Any) -> Tensor:
-            return await model.predict(model.asked(tokens, masks))
-
-        return Latents(self.engine.run(walk))
+        return Latents(self.engine.run(lambda _: model.predict(model.asked(tokens, masks))))

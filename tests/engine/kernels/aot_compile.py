@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from mstar.engine.kernels import (
     ada_norm,
+    codec_conv,
     expert_blocks,
     gated,
     grouped_experts,
@@ -29,12 +30,14 @@ from mstar.engine.kernels import (
     paged_decode,
     paged_extend,
     pair_rotary,
-    pixels,
+    quantize_rows,
+    resize,
     rms_norm,
     rotary_store,
     route,
     sample_cut,
     sample_fused,
+    scaled_product,
     snake,
 )
 
@@ -101,6 +104,11 @@ _DEPTHWISE = {"TAPS": 7, "STEPS": 16, "CHANNELS": 64}
 _MEANS = dict.fromkeys(
     (f"{c}_{of}" for c in ("red", "green", "blue") for of in ("mean", "std")), "fp32"
 )
+_CODEC = {
+    **dict.fromkeys(("x", "weight", "bias", "added", "alpha", "inverse", "out", "active"), "*fp32"),
+    **{"ADDED": True, "ACTIVE": True},
+}
+_RESIZE = {"x": "*u8", "table": "*i32", "out": "*u8", "NORMAL": False, "BLOCK": 1024, **_MEANS}
 _COMBINE = {"HEADS": 24, "DIM": 128, "SPLITS": 16, "BLOCK_S": 16, "BLOCK_D": 128, "num_warps": 4}
 
 
@@ -108,10 +116,22 @@ def _grouped(dtype: str, size: int, choice: dict[str, int], **more: Any) -> dict
     """Qwen3-Omni's experts: 768 inside 2048."""
     names = ("x", "gate_up", "down", "out")
     tensors = dict.fromkeys(names, f"*{dtype}") | {"rows": "*i32", "owner": "*i32"}
+    tensors |= dict.fromkeys(("gate_up_scales", "down_scales"))  # but those of 8 bits
     sizes = {"TOP_K": 8, "K": 2048, "N": 768, "COUNT": 128, "BLOCK_M": size, "ALONE": False}
     return {**tensors, "scales": "*fp32", **sizes, **choice, **more}
 
 
+def _scaled(x: str, weight: str, **more: Any) -> dict[str, Any]:
+    tensors = {"x": f"*{x}", "weight": f"*{weight}", "scales": "*fp32", "out": "*bf16"}
+    tile = {"BLOCK_M": 16, **scaled_product._TILES[0]}
+    return {**tensors, "bias": "*bf16", "x_scales": None, **tile, **more}
+
+
+_EIGHT = dict.fromkeys(("gate_up_scales", "down_scales"), "*fp32")
+_EIGHT |= dict.fromkeys(("gate_up", "down"), "*i8")
+_E4M3_ROWS = {"x_scales": "*fp32", "bias": None, "BLOCK_M": 64, **scaled_product._TILES[2]}
+_E4M3 = _EIGHT | dict.fromkeys(("gate_up", "down"), "*fp8e4nv")
+_BYTES = {"x": "*bf16", "values": "*u8", "scales": "*fp32", "WIDTH": 3072, "BLOCK": 4096}
 _SAMPLE = {
     **dict.fromkeys(("logits", "extents"), "*fp32"),
     **dict.fromkeys(("temperatures", "top_ps", "min_ps", "scores"), "*fp64"),
@@ -122,6 +142,7 @@ _SAMPLE = {
     **{"UNIT": 2.0**44, "BLOCK": sample_fused._BLOCK, "SPAN": sample_cut._SPAN, "num_warps": 4},
     **{"CUT": True, "GREEDY": False, "COUNT": True, "WAYS": sample_cut._WAYS},
 }
+_TILES = codec_conv._TILES
 _CUT = {"BLOCK": sample_cut._SCAN, "num_warps": 8}
 _NO_TABLES = dict.fromkeys(("in_prompt", "in_output", "slots"))
 _NO_TABLES |= dict.fromkeys(("repetitions", "presences", "frequencies", "counted"))
@@ -154,7 +175,14 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (matvec._matvec_kernel, "bf16 8 rows", _plain("bf16", **_ROWS)),
     (snake._snake_kernel, "fp32", _plain("fp32", BLOCK=1024)),
     (snake._depthwise_snake_kernel, "fp32", _plain("fp32", **_DEPTHWISE)),
-    (pixels._pixels_kernel, "bf16", {"frames": "*u8", "out": "*bf16", "BLOCK": 512, **_MEANS}),
+    (codec_conv._codec_conv_kernel, "dilated", _CODEC | {"TAPS": 7, "RATE": 1} | _TILES[1]),
+    (codec_conv._codec_conv_kernel, "upsampling", _CODEC | {"TAPS": 2, "RATE": 5} | _TILES[0]),
+    (resize._resize_kernel, "bf16", _RESIZE | {"out": "*bf16", "NORMAL": True}),
+    (resize._resize_kernel, "bytes", _RESIZE),
+    # The first of each runs on every GPU; e4m3 needs capability 8.9.
+    (quantize_rows._quantize_rows_kernel, "bf16", _BYTES),
+    (scaled_product._scaled_product_kernel, "int8", _scaled("bf16", "i8")),
+    (scaled_product._scaled_product_kernel, "e4m3", _scaled(*["fp8e4nv"] * 2, **_E4M3_ROWS)),
     (route._route_kernel, "bf16", _ROUTE),
     (expert_blocks._expert_blocks_kernel, "", _BLOCKS),
     (sample_fused._begin_kernel, "penalties", _SAMPLE),
@@ -172,7 +200,9 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (grouped_experts._gate_up_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
     (grouped_experts._gate_up_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),
     (grouped_experts._gate_up_kernel, "fp32", _grouped("fp32", 32, _FEW)),
+    (grouped_experts._gate_up_kernel, "e4m3", _grouped("bf16", 16, _FEW, **_E4M3)),
     (grouped_experts._down_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
+    (grouped_experts._down_kernel, "int8 many", _grouped("bf16", 128, _MANY, **_EIGHT)),
     (grouped_experts._down_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),
 ]
 

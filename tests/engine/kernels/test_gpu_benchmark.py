@@ -31,7 +31,7 @@ def report(gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     )
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(600)")
     args = argparse.Namespace(
-        device="cpu", tiny=True, json=True, kernels=False, models=True, tune=0
+        device="cpu", tiny=True, json=True, kernels=False, models=True, tune=0, out=None
     )
     return gpu.Report(args)
 
@@ -54,6 +54,40 @@ def test_every_kernel_is_run_and_agrees_with_torch(gpu) -> None:
     assert len(found) > 20
     assert all(row["us"] > 0 and row["differs_by"] < 2e-2 for row in found)
     assert all(gpu.line_of(row) for row in found)
+
+
+def test_gaps_are_told_apart_by_their_length(gpu) -> None:
+    from gpu_measure import idle, idle_during
+
+    busy = [(0, 10), (5, 20), (22, 30), (130, 140)]  # two at a time; gaps of 2 and of 100
+    found = idle(busy, longest=50)
+    assert found == {"gpu_idle": 102 / 140, "gpu_waits": 100 / 140}
+    edges = [(-1000 + i, -999 + i) for i in range(3)]
+    assert idle([*edges, *((i, i + 1) for i in range(30)), (5000, 5001)]) == {
+        "gpu_idle": 0.0,
+        "gpu_waits": 0.0,
+    }
+    assert idle([]) == {}
+    assert idle_during(lambda: torch.ones(3) + 1) == {}  # no GPU, or nothing on it
+    assert "TypeError" in idle_during(lambda: torch.ones(3) + "1")["gpu_idle"]
+
+
+def test_the_figures_of_a_model_come_as_they_are_found(gpu) -> None:
+    import gpu_models
+
+    found = {}
+    for figures in gpu_models.bagel("cpu", tiny=True):
+        assert json.dumps(figures)
+        found |= figures
+    assert set(found) >= {"ready_s", "text_step_ms_1", "image_s", "edit_s", "throughput_of_4"}
+
+
+def test_what_there_is_is_kept_part_by_part(gpu, report, monkeypatch, tmp_path: Path) -> None:
+    report.args.out = tmp_path / "kept" / "found.json"
+    monkeypatch.setattr(gpu, "MODELS", {"first": ("", "good.py"), "second": ("", "look.py")})
+    (tmp_path / "look.py").write_text(f"print(open({str(report.args.out)!r}).read())")
+    seen = report.make()["models"]["second"]
+    assert seen["models"] == {"first": [1, 2]}
 
 
 def test_what_fails_is_told_and_its_figures_so_far_are_kept(report) -> None:

@@ -17,6 +17,7 @@ from mstar.engine.kernels.grouped_experts import (
 )
 from mstar.engine.kernels.route import route_torch, route_triton
 from mstar.engine.layers.moe import experts_grouped, experts_loop, route, run_experts
+from mstar.engine.layers.quantized import Quantized
 
 # items, experts, rows of a block, what is chosen: anything below it
 ROUTINGS = [(1, 1, 16, 1), (40, 5, 4, 5), (1500, 7, 16, 3), (33, 128, 16, 128), (0, 4, 16, 4)]
@@ -71,6 +72,25 @@ def test_the_products_match_one_expert_after_the_other(
     torch.testing.assert_close(
         grouped_experts_triton(*given), experts_loop(*given), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("shape", [(2, 5, 3), (20, 4, 2)], ids=str)
+def test_experts_of_8_bits_are_those_they_stand_for(shape, kind: str, triton_device: str) -> None:
+    *given, gate_up, down = layer(*shape, torch.float32, triton_device)
+    eight = []
+    for matrix in (gate_up, down):
+        eight.append(Quantized.empty(matrix.shape, kind, triton_device))
+        eight[-1].fill(0, matrix)
+    stand_for = [x.values.float() * x.scales.unsqueeze(-1) for x in eight]
+    expected = experts_loop(*given, *stand_for)
+    values, scales = ([getattr(x, name) for x in eight] for name in ("values", "scales"))
+    for found in (
+        run_experts(*given, *eight),
+        experts_grouped(*given, *eight),
+        grouped_experts_triton(*given, *values, scales),
+    ):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [2, 20])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mstar.engine.kernels.rotary_store import (
     HeadNorms,
+    paired_angles,
     rotary_store,
     rotary_store_torch,
     rotary_store_triton,
@@ -107,6 +108,18 @@ def test_the_kernel_matches_float64(
     shape: tuple[int, ...], dtype: torch.dtype, normed: bool, triton_device: str
 ) -> None:
     check(rotary_store_triton, shape, dtype, triton_device, normed)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_paired_angles_give_the_same_bits(shape: tuple[int, ...]) -> None:
+    _, heads, kv_heads, _, _ = shape
+    qkv, cos, sin, *pool = inputs(shape, torch.float32)
+    paired = paired_angles(cos, sin)
+    assert paired[1].dim() == 4
+    copies = [x.clone() for x in pool]
+    q = rotary_store(qkv, *paired, *pool, heads, kv_heads)
+    assert torch.equal(q, rotary_store(qkv, cos, sin, *copies, heads, kv_heads))
+    assert torch.equal(pool[0], copies[0])
 
 
 @pytest.mark.parametrize("function", [rotary_store_torch, rotary_store_triton])

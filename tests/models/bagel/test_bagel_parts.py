@@ -123,18 +123,17 @@ def test_on_pages_it_gives_what_it_gives_without_the_engine(loop):
     prompt, image = torch.randint(400, (11,)), torch.randn(14, 64)
     plain = GrowingContext()
     loop.decoder(prompt, torch.arange(11), plain)
-    plain.causal = plain.keep = False
-    expected = loop.decoder(image, torch.full((14,), 11), plain, 12)[:12]
+    plain.causal = False
+    loop.decoder(image, torch.full((14,), 11), plain, 12)
+    expected = loop.decoder(torch.tensor([5]), torch.tensor([12]), plain)
     lm = LanguageModel("lm", loop.decoder, KVPool(loop.decoder.kv_layout, 128, page_size=4))
     found = []
 
     async def walk():
         with lm.open_cache() as kv:
             await lm.feed(kv, prompt.tolist())
-            span = Span(
-                kv, image, 14, positions=[11] * 14, causal=False, keep=False, lead=12, hidden=True
-            )
-            found.append((await lm(span)).hidden)
+            await lm(Span(kv, image, 14, positions=[11] * 14, causal=False, lead=12))
+            found.append((await lm(Span(kv, [5], 1, positions=[12], hidden=True))).hidden)
         runtime.stop()
 
     runtime = Runtime()

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from mstar.io.rgb import open_image, to_rgb
 from mstar.models.bagel.config import BagelConfig
 from mstar.models.bagel.pixels import (
+    ResizeRule,
+    new_size,
     patchify,
     resized,
     to_pixels,
@@ -22,7 +24,6 @@ from mstar.models.bagel.pixels import (
     to_uint8,
     unpatchify,
 )
-from mstar.models.bagel.resize import ResizeRule, new_size
 
 DATA = Path(__file__).parents[2] / "data" / "bagel"
 FACTS = json.loads((DATA / "goldens.json").read_text())

@@ -56,6 +56,16 @@ def test_the_same_observation_and_seed_give_the_same_bits_on_any_thread(engine, 
         assert np.array_equal(actions, expected[seed])
 
 
+def test_the_tables_of_flows_are_kept_as_far_as_there_is_room(engine, monkeypatch):
+    model, made = engine.model, []
+    table = model.policy.table
+    monkeypatch.setattr(model, "_tables", {})
+    monkeypatch.setattr(model.policy, "table", lambda steps: made.append(steps) or table(steps))
+    for steps in (10, 20, 10, 240, 10, 240, 300, 300, 10):
+        assert model._table(steps).shape[0] == steps + 1
+    assert made == [10, 20, 240, 300, 10]
+
+
 def test_the_result_tells_what_it_is(engine, goldens):
     request = asked(goldens, 0, goldens.facts["pair"]["missing_cameras"])
     result = engine.generate(**request, output_modalities=("action",))

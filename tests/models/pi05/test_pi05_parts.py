@@ -7,15 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from pi05_data import TINY
 
 from mstar.errors import InvalidRequest
-from mstar.models.control.action_queue import ActionQueue, Latency, delay_steps, lengthened
-from mstar.models.pi05.networks import load_policy
+from mstar.models.control.action_queue import ActionQueue, delay_steps, lengthened
 from mstar.models.pi05.observation import flat
-from mstar.models.pi05.plain import PlainPolicy
 from mstar.models.pi05.robots import PRESETS, robot_of
-from mstar.models.pi05.rtc import guidance_gains, guided, padded, prefix_weights, trained
+from mstar.models.pi05.rtc import guidance_gains, padded, prefix_weights, trained
 
 IMAGE = np.zeros((8, 8, 3), np.uint8)
 LIBERO = {
@@ -136,35 +133,6 @@ def test_chunks_that_do_not_fit():
         trained(torch.zeros(3, 7), delay=3, max_delay=4, horizon=3, actions=32)
 
 
-def test_the_papers_correction_goes_through_the_jacobian():
-    with torch.inference_mode(False):
-        arguments = {"delay": 1, "horizon": 4, "actions": 3, "steps": 4, "execution_horizon": 3}
-        previous = torch.randn(3, 3)
-        matrix = torch.randn(12, 12) * 0.1
-
-        def velocity(x, step, clean=None):
-            return (x.flatten(1) @ matrix.T).view_as(x)
-
-        x = torch.randn(1, 4, 3)
-        own = guided(previous, **arguments).steer(velocity, 4)(x, 1)
-        paper = guided(previous, jacobian=True, **arguments).steer(velocity, 4)(x, 1)
-        v = velocity(x, 1)
-        jacobian = torch.eye(12) - 0.75 * matrix
-        expected = v + ((own - v).flatten(1) @ jacobian).view_as(x)
-        torch.testing.assert_close(paper, expected)
-
-
-def test_the_papers_correction_of_a_policy():
-    with torch.inference_mode(False):
-        plain = PlainPolicy(load_policy(TINY, device="cpu", dtype=torch.float32, whole=True))
-        images, ids = torch.zeros(1, 1, 3, 56, 56), torch.arange(4, 20).unsqueeze(0)
-        ones = torch.ones(1, 1, dtype=torch.bool)
-        chunk = guided(torch.zeros(6, 7), delay=2, horizon=10, actions=32, steps=3, jacobian=True)
-        noise = torch.randn(1, 10, 32)
-        found = plain.sample(images, ones, ids, ids > 0, noise, 3, chunk)
-    assert found.isfinite().all()
-
-
 # -- the queue -----------------------------------------------------------------------------------
 
 
@@ -195,12 +163,6 @@ def test_a_queue_is_cleared():
 
 
 def test_delays():
-    latency = Latency(window=2)
-    latency.add(9.0)  # cold
-    assert latency.max() == 0
-    for seconds in (0.3, 0.1, 0.2):
-        latency.add(seconds)
-    assert latency.max() == 0.2
     assert delay_steps(0.041, 50) == 3
     assert lengthened(rows(0, 2), 4)[:, 0].tolist() == [0, 1, 1, 1]
     assert len(lengthened(rows(0), 4)) == 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +17,12 @@ from safetensors.torch import load_file
 
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.pi05.config import Pi05Config
-from mstar.models.pi05.images import model_image
+from mstar.models.pi05.images import model_images
 from mstar.models.pi05.networks import policy_config
 from mstar.models.pi05.normalise import Normalizer, relative_mask
 from mstar.models.pi05.processing import Processor
 from mstar.models.pi05.prompt import cleaned, prompt_text, state_bins
-from mstar.models.pi05.resize import fitted
+from mstar.models.pi05.resize import fitted, sampled
 from mstar.models.pi05.statistics import Processors, read_processors, read_statistics
 
 # -- prompts -------------------------------------------------------------------------------------
@@ -67,10 +69,15 @@ def test_a_prompt_that_is_cut_is_told_once(goldens, processor, caplog):
 # -- images --------------------------------------------------------------------------------------
 
 
+def seen(image, target, rule):
+    """One image, as the vision tower takes it."""
+    return model_images({"image": image}, target, rule)[0]
+
+
 @pytest.mark.parametrize("rule", ["lerobot", "openpi"])
 def test_every_form_of_an_image_is_the_same_image(rule):
     pixels = picture("obs0_base_0_rgb.png")
-    expected = model_image("image", pixels, (56, 56), rule)
+    expected = seen(pixels, (56, 56), rule)
     assert expected.shape == (3, 56, 56)
     assert expected.dtype == torch.float32
     forms = [
@@ -82,17 +89,51 @@ def test_every_form_of_an_image_is_the_same_image(rule):
         np.frombuffer(pixels.tobytes(), np.uint8).reshape(pixels.shape),
         pixels[None],
     ]
-    if rule == "lerobot":
-        forms += [pixels.astype(np.float32) / 255, torch.from_numpy(pixels) / 255]
     for form in forms:
-        assert model_image("image", form, (56, 56), rule).equal(expected)
+        assert seen(form, (56, 56), rule).equal(expected)
+    if rule == "lerobot":
+        floats = pixels.astype(np.float32) / 255
+        for form in (floats, floats.transpose(2, 0, 1), torch.from_numpy(pixels) / 255):
+            torch.testing.assert_close(seen(form, (56, 56), rule), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (1080, 1920), (31, 640), (40, 20), (1, 3), (56, 56)])
+@pytest.mark.parametrize("target", [(56, 56), (224, 196)])
+def test_images_are_sampled_as_published(size, target):
+    dice = np.random.default_rng(0)
+    pixels = dice.integers(0, 256, (*size, 3), np.uint8)
+    expected = sampled(torch.from_numpy(pixels).permute(2, 0, 1), target)
+    for image in (pixels, dice.permutation(pixels), pixels):  # in buffers that were used
+        found = seen(image, target, "lerobot")
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    assert found.abs().max() <= 1
+
+
+def test_buffers_are_kept():
+    pixels = np.zeros((480, 640, 3), np.uint8)
+    seen(pixels, (224, 224), "lerobot")
+    tracemalloc.start()
+    seen(pixels, (224, 224), "lerobot")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50_000  # bytes of numpy; the result is torch's
+
+
+def test_threads_do_not_disturb_each_other():
+    dice = np.random.default_rng(0)
+    pictures = [dice.integers(0, 256, (480, 640, 3), np.uint8) for _ in range(4)]
+    expected = [seen(image, (224, 224), "lerobot") for image in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda image: seen(image, (224, 224), "lerobot"), pictures * 5)
+        for image, other in zip(found, expected * 5, strict=True):
+            assert image.equal(other)
 
 
 def test_where_an_image_goes():
     assert fitted((480, 640), (224, 224)) == (168, 224, 28, 0)
     assert fitted((56, 40), (224, 224)) == (224, 160, 0, 32)
     assert fitted((1, 9999), (224, 224))[0] == 1
-    white = model_image("image", np.full((20, 40, 3), 255, np.uint8), (56, 56), "lerobot")
+    white = seen(np.full((20, 40, 3), 255, np.uint8), (56, 56), "lerobot")
     torch.testing.assert_close(white[:, 14:42], torch.ones(3, 28, 56))
     assert white[:, :14].eq(-1).all()
     assert white[:, 42:].eq(-1).all()
@@ -119,7 +160,7 @@ def test_where_an_image_goes():
 )
 def test_what_is_no_image_is_refused(image, message):
     with pytest.raises(InvalidRequest, match=message):
-        model_image("image", image, (56, 56), "lerobot")
+        seen(image, (56, 56), "lerobot")
 
 
 @pytest.mark.parametrize("rule", ["lerobot", "openpi"])
@@ -128,8 +169,8 @@ def test_floats_a_little_out_of_range_are_clipped(rule):
     image = dice.choice(np.array([0, 1], np.float32), (56, 56, 3))
     near = image + dice.choice(np.array([-1e-3, 0, 1e-3], np.float32), image.shape)
     for size in ((56, 56), (28, 28)):
-        expected = model_image("image", image, size, rule)
-        found = model_image("image", np.clip(near, -1e-3, 1.001), size, rule)
+        expected = seen(image, size, rule)
+        found = seen(np.clip(near, -1e-3, 1.001), size, rule)
         torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
         assert found.abs().max() <= 1
 

@@ -266,6 +266,18 @@ def test_literally_as_many_rows_are_skipped_as_were_measured(run):
     assert feed(runner, 3) == {}  # nothing to go on from
 
 
+def test_literally_what_is_left_is_lengthened_with_zeros(run):
+    runner = run(rtc="guided", literal=True, queue_threshold=ROWS - 1)
+    feed(runner, 1, 0.1)
+    rows(runner, ROWS - 4)
+    asked = feed(runner, 2, 0.1)
+    assert asked["inference_delay"] == 1  # of the first inference
+    left = asked["prev_chunk_left_over"]
+    assert left.shape == (runner.execution_horizon, 2)
+    assert left[:3, 1].tolist() == [ROWS - 1003, ROWS - 1002, ROWS - 1001]
+    assert not left[3:].any()
+
+
 def test_trained_delays_are_no_longer_than_those_trained_for():
     policy = Fake(max_delay=2)
     with PolicyRunner(policy, 10, rtc=True, queue_threshold=10, clock=lambda: policy.now) as runner:

@@ -55,6 +55,18 @@ def engine(request):
         yield engine
 
 
+@pytest.mark.parametrize(("kind", "least"), [("int8", 1e-4), ("fp8", 0.03)])
+def test_weights_of_8_bits_are_captured_too(kind, least, goldens):
+    """Padding moves the last bits of sums, and rounding to e4m3 makes more of them."""
+    request = asked(goldens, 0, noise=0)
+    with Engine("pi05-tiny", quantization=kind) as engine:
+        expected = engine.act(**request)
+        capturing(engine, 1, recorded := [])
+        found = engine.act(**request)
+    assert recorded
+    assert np.linalg.norm(found - expected) < least * np.linalg.norm(expected)
+
+
 def test_every_golden_alone_and_all_of_them_at_once(engine, goldens):
     made = check_alone_and_together(engine, goldens, "act")
     assert made["calls"] == len(every_case(goldens))

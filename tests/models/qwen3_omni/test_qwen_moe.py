@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mstar.engine.layers.moe import MoE, experts_gathered, experts_grouped, experts_loop, route
+from mstar.engine.layers.moe import MoE, experts_dense, experts_grouped, experts_loop, route
 from mstar.engine.layers.moe import run_experts as run
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 64])
 @pytest.mark.parametrize("top_k", [1, 2, 7])
-@pytest.mark.parametrize("compute", [experts_grouped, experts_gathered, run])
+@pytest.mark.parametrize("compute", [experts_grouped, experts_dense, run])
 def test_all_ways_agree(tokens, top_k, compute):
     torch.manual_seed(tokens + top_k)
     x, gate_up, down = torch.randn(tokens, 12), torch.randn(7, 20, 12), torch.randn(7, 12, 10)
@@ -20,7 +20,7 @@ def test_all_ways_agree(tokens, top_k, compute):
     torch.testing.assert_close(compute(*given), experts_loop(*given), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("compute", [experts_grouped, experts_gathered])
+@pytest.mark.parametrize("compute", [experts_grouped, experts_dense])
 def test_bfloat16(compute):
     torch.manual_seed(0)
     x = torch.randn(5, 16).bfloat16()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+
+from mstar.models.qwen3_omni import synthesis
 
 STAGES = {
     "upsample0.1": 0,
@@ -26,6 +30,26 @@ def test_every_stage_is_that_of_the_reference(goldens, loop):
     for index, before in enumerate((rows.transpose(1, 2), stages[0])):
         goldens.check(f"c2w.upsample{index}.0", vocoder.synthesis.upsample[index][0](before))
     goldens.check("c2w.wav", stages[-1][:, None])
+
+
+@pytest.mark.parametrize("skip", [0, 10])
+def test_convolutions_fused_with_activations_give_the_same_samples(skip, loop, monkeypatch):
+    """As a GPU runs them; here each in plain torch."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 14, loop.vocoder.config.hidden_size, generator=draw)
+    plain = loop.vocoder.synthesis(rows, skip)
+    monkeypatch.setattr(synthesis, "use_triton", lambda x: True)
+    fused = loop.vocoder.synthesis(rows, skip)
+    assert torch.equal(fused, plain)
+
+
+@pytest.mark.gpu
+def test_samples_of_a_gpu_are_those_of_a_cpu(loop):
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 14, loop.vocoder.config.hidden_size, generator=draw)
+    expected = loop.vocoder.synthesis(rows, 10)
+    found = copy.deepcopy(loop.vocoder.synthesis).cuda()(rows.cuda(), 10)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_frame_is_80_ms(loop):

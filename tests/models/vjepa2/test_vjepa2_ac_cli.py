@@ -61,7 +61,8 @@ def test_a_map_without_a_goal_is_refused_before_anything_is_drawn():
 
 
 def test_the_same_requests_over_http():
-    """As clients of such servers ask: latents are called video, and may come as lines."""
+    """As clients of such servers ask: latents are called video, scalar or tensor, and may come as
+    lines."""
     actions, state = ARRAYS["rollout_actions"][0].tolist(), ARRAYS["poses"][0, 0].tolist()
     asked = {"actions": actions, "states": state, "rollout_horizon": 4, "stream_rollout": True}
     clip, goal = (Path(name).read_bytes() for name in ("clip.png", "goal.png"))
@@ -88,7 +89,7 @@ def test_the_same_requests_over_http():
             actions=ARRAYS["clip_mpc_actions"],
             states=ARRAYS["clip_mpc_states"],
             goal_hidden=ARRAYS["clip_mpc_goal_hidden"],
-            output_modalities=("video",),
+            output_modalities=("scalar", "tensor", "video"),
         )
         refused = site.post(
             data={"model_kwargs": json.dumps({**asked, "rollout_horizon": 9})},

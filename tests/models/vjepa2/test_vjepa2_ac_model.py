@@ -74,12 +74,15 @@ def test_the_encoder_alone(engine):
 
 @pytest.mark.parametrize("cost", ["l1", "l2", "cosine"])
 def test_candidates_over_a_natural_clip(engine, cost):
+    """With `l1` latents are called as clients of other servers call them."""
     result = engine.generate(
         video=CLIP,
         mpc=True,
         goal_hidden=GOAL.tolist() if cost == "l2" else GOAL[0],
         cost=cost,
-        output_modalities=("latent", "action"),
+        output_modalities=(
+            ("scalar", "tensor", "video", "action") if cost == "l1" else ("latent", "action")
+        ),
         **CANDIDATES,
     )
     costs, predicted = result.latents
@@ -286,6 +289,34 @@ def test_captured_rollouts_and_plans_are_those_of_single_steps(engine, captured)
     plan = engine.plan(start, goal, POSES[0], budget_ms=50, samples=10**4, iterations=1, seed=0)
     assert len(plan.costs) <= 1
     assert len(captured) < 20
+
+
+def test_captured_plans_from_several_frames_are_those_of_single_steps(engine, monkeypatch):
+    """What all samples saw before is one of the inputs of what is captured."""
+    quick = {"samples": 6, "topk": 3, "iterations": 2, "horizon": 3, "seed": 1}
+    asked = (CLIP[:3], CLIP[5], POSES[:3])
+    plain = engine.plan(*asked, actions=MOVES[:2], **quick)
+    steps = CapturedSteps(replays, torch.device("cpu"))
+    monkeypatch.setattr(engine.model.world, "captured", steps)
+    engine.plan(CLIP[1:4], CLIP[5], POSES[1:4], actions=MOVES[1:3], **quick)
+    found = engine.plan(*asked, actions=MOVES[:2], **quick)
+    np.testing.assert_allclose(np.stack(found.costs), np.stack(plain.costs), atol=1e-6)
+    np.testing.assert_allclose(found.actions, plain.actions, atol=1e-6)
+
+
+def test_nothing_is_captured_within_a_budget():
+    """Warming up captures what plans of the usual size take, a policy what those of its own do."""
+    with Engine("vjepa2_ac-tiny", dtype=torch.bfloat16, cpu_threads=1) as engine:
+        captured = CapturedSteps(replays, torch.device("cpu"))
+        engine.model.world.captured = captured
+        engine.warmup()
+        assert len(captured) == 2 + 10  # to encode; 1, 2, 4 ... 256 and all 400 candidates
+        policy = engine.policy({"horizon": 3, "samples": 20})
+        count = len(captured)
+        engine.plan(CLIP[0], CLIP[5], POSES[0], budget_ms=500, iterations=3, seed=0)
+        seen = {"image": CLIP[0], "state": POSES[0], "goal": CLIP[5]}
+        policy.infer(seen, deadline_ms=10**5)
+        assert len(captured) == count
 
 
 def test_a_budget_gives_the_best_plan_so_far(engine, context, goal, monkeypatch):

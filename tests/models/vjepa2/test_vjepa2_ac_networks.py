@@ -13,12 +13,13 @@ from vjepa2_ac_data import ARRAYS, GOLDENS, REPS, SEARCHES, TINY, close, frames,
 from mstar.engine.weights import Checkpoint, randomize
 from mstar.errors import InvalidRequest, WeightsError
 from mstar.models.vjepa2.ac_config import AcConfig
-from mstar.models.vjepa2.ac_networks import AcNetworks, load_ac_networks
 from mstar.models.vjepa2.ac_predictor import Frames
+from mstar.models.vjepa2.card_ac import PLANNING
 from mstar.models.vjepa2.cem import Cem, cost
-from mstar.models.vjepa2.poses import difference, integrate, trajectory
+from mstar.models.vjepa2.networks import AcNetworks, load_ac_networks
+from mstar.models.vjepa2.poses import trajectory
 from mstar.models.vjepa2.preprocess import pixels, squares
-from mstar.models.vjepa2.rollout import Rollouts, Start, run_through
+from mstar.models.vjepa2.rollout import Start, at_once, roll, run_through
 from mstar.models.vjepa2.rotary import rotation
 
 
@@ -33,6 +34,10 @@ def inference():
         yield
 
 
+def rolled(predictor, *given, **more) -> torch.Tensor:
+    return run_through(roll(at_once(predictor), predictor, *given, **more))
+
+
 def seen() -> torch.Tensor:
     return squares(Image.fromarray(frame) for frame in ARRAYS["frames_u8"])
 
@@ -42,13 +47,13 @@ def test_frames_become_pixels_without_margin_and_antialiasing():
 
 
 def test_every_frame_is_encoded_by_itself_and_normed(net):
-    close(net.encode_frames(seen()).flatten(0, 1)[None], "reps")
+    close(net.encode_frames(net.pixels(seen())).flatten(0, 1)[None], "reps")
     raw = net.encoder.encode_static(pixels(seen(), (32, 32)))
     close(raw.flatten(0, 1)[None], "encoder_out_per_frame")
 
 
 def test_frames_can_be_one_clip(net):
-    close(net.encode_clip(seen()).flatten(0, 1)[None], "natural_clip_encoder_out")
+    close(net.encode_clip(net.pixels(seen())).flatten(0, 1)[None], "natural_clip_encoder_out")
 
 
 def test_tokens_and_first_block(net):
@@ -101,11 +106,10 @@ def test_rollouts(net, name):
     if name == "rollout_reps":
         states = trajectory(GOLDENS["poses"][:, 0], actions)
         close(states, "rollout_poses", 1e-5)
-    start = Start(REPS[0, :1], actions[0, :0], actions[0, :0], together=name == "rollout_reps")
-    rollouts = Rollouts(net.predictor, start)
+    start = Start(REPS[0, :1], together=name == "rollout_reps")
     for steps in range(1, 5):
-        found = run_through(net.predictor, rollouts.roll(actions[:, :steps], states))
-        torch.testing.assert_close(found[:, 0], GOLDENS[name][:, steps - 1], atol=1e-4, rtol=0)
+        found = rolled(net.predictor, start, actions[:, :steps], states)
+        torch.testing.assert_close(found, GOLDENS[name][:, :steps], atol=1e-4, rtol=0)
 
 
 def test_cached_rollouts_are_those_recomputed_also_from_several_frames(net):
@@ -114,13 +118,14 @@ def test_cached_rollouts_are_those_recomputed_also_from_several_frames(net):
     actions[:, : seen_frames - 1] = GOLDENS["pose_diffs"][:, : seen_frames - 1]
     poses = GOLDENS["poses"][:, :seen_frames]
     past = seen_frames - 1
-    rollouts = Rollouts(predictor, Start(REPS[0, :seen_frames], actions[0, :past], poses[0, :past]))
-    run_through(predictor, rollouts.prefix())
-    after = trajectory(poses[:, past], actions[:, past:])
-    found = run_through(predictor, rollouts.roll(actions[:, past:], after))
+    context = predictor.cache(1, past)
+    predictor([Frames(REPS[:, :past], actions[:1, :past], poses[:, :past], cache=context)])
+    ahead = trajectory(poses[:, past], actions[:, past:])
+    start = Start(REPS[0, past:seen_frames], context=context)
+    found = rolled(predictor, start, actions[:, past:], ahead)[:, -1:]
 
     latents = REPS[:, :seen_frames].expand(4, -1, -1, -1)
-    states = torch.cat([poses[:, :past].expand(4, -1, -1), after], 1)
+    states = torch.cat([poses[:, :past].expand(4, -1, -1), ahead], 1)
     for step in range(horizon):
         count = seen_frames + step
         given = Frames(latents, actions[:, :count], states[:, :count])
@@ -155,33 +160,39 @@ def test_models_with_cameras_and_wide_frames():
 
 def test_scores_of_candidates(net):
     actions = GOLDENS["score_actions"]
-    rollouts = Rollouts(net.predictor, Start(REPS[0, :1], actions[0, :0], actions[0, :0]))
 
     def last(hidden: torch.Tensor) -> torch.Tensor:
         return cost(net.predictor.latents(hidden)[:, 0], REPS[0, 5], "l1", 1e-5)
 
     states = trajectory(GOLDENS["poses"][:, 0], actions)
-    close(run_through(net.predictor, rollouts.roll(actions, states, last)), "score_costs_l1", 1e-5)
+    found = rolled(net.predictor, Start(REPS[0, :1]), actions, states, last=last)
+    close(found, "score_costs_l1", 1e-5)
+
+
+def after(pose: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    return trajectory(pose, change.unsqueeze(1))[:, 1]
 
 
 def test_poses():
-    close(integrate(GOLDENS["pose_in"], GOLDENS["pose_delta"]), "pose_out", 1e-5)
-    poses = GOLDENS["poses"]
-    close(difference(poses[:, :-1], poses[:, 1:]), "pose_diffs", 1e-5)
+    given = (GOLDENS[name].flatten(0, 1) for name in ("pose_in", "pose_delta"))
+    close(after(*given).unsqueeze(1), "pose_out", 1e-5)
+    poses, moves = GOLDENS["poses"][0], GOLDENS["pose_diffs"][0]
+    near = torch.testing.assert_close
+    near(after(poses[:-1], moves), poses[1:], atol=1e-5, rtol=0)
 
 
 def test_a_pose_becomes_canonical_even_if_nothing_changes():
     pose = torch.tensor([[0.0, 0, 0, 0.1, math.pi - 0.2, 0.3, 0.5]])
-    after = integrate(pose, torch.zeros(1, 7))
-    assert after[0, 4].abs() <= math.pi / 2
-    torch.testing.assert_close(integrate(after, torch.zeros(1, 7)), after, atol=1e-6, rtol=0)
+    found = after(pose, torch.zeros(1, 7))
+    assert found[0, 4].abs() <= math.pi / 2
+    torch.testing.assert_close(after(found, torch.zeros(1, 7)), found, atol=1e-6, rtol=0)
 
 
 def test_a_gripper_is_never_more_than_closed_or_open():
     pose = torch.tensor([[0.0, 0, 0, 0, 0, 0, 0.9]])
     change = torch.zeros(2, 7)
     change[0, 6], change[1, 6] = 0.3, -2.0
-    assert integrate(pose, change)[:, 6].tolist() == [1.0, 0.0]
+    assert after(pose, change)[:, 6].tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -217,7 +228,7 @@ def test_candidates_keep_to_their_limits(name):
 )
 def test_a_search_that_makes_no_sense_is_refused(field, value):
     with pytest.raises(InvalidRequest, match=field):
-        Cem(**{field: value})
+        PLANNING.validate({field: value})
 
 
 def test_the_original_file_is_read_without_its_wrappers(net, tmp_path):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from mstar.models.vjepa2.ac_networks import AcNetworks, load_ac_networks
 from mstar.models.vjepa2.ac_predictor import Frames
 from mstar.models.vjepa2.card_ac import CARD
+from mstar.models.vjepa2.networks import AcNetworks, load_ac_networks
 
 DATA = Path(__file__).parents[2] / "data" / "vjepa2"
 TINY = CARD.tiny / "vjepa2_ac"
