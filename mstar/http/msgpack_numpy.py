@@ -124,9 +124,12 @@ def _scalar(found: dict[Any, Any]) -> np.generic:
     if not isinstance(data, (bool, int, float, str, bytes)):
         raise ValueError(f"a scalar's value is a {type(data).__name__}")
     try:
-        return dtype.newbyteorder("=").type(data)
+        scalar = dtype.newbyteorder("=").type(data)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"a scalar of {dtype.str}: {error}") from None
+    if dtype.kind in "iu" and scalar != data:  # NumPy 1 wraps around
+        raise ValueError(f"a scalar of {dtype.str} cannot be {data!r:.80}")
+    return scalar
 
 
 def _dtype(found: dict[Any, Any]) -> np.dtype:

@@ -196,7 +196,9 @@ def _check(front: Front, policy: ShownPolicy | None, socket: WebSocket, open_now
 async def _refuse(socket: WebSocket, refused: Refused) -> None:
     """Say so instead of the handshake, where the server can."""
     if "websocket.http.response" in socket.scope.get("extensions", {}):
-        await socket.send_denial_response(error_response(refused, socket.scope))
+        answer = error_response(refused, socket.scope)
+        del answer.headers["content-length"]  # some releases of uvicorn write their own
+        await socket.send_denial_response(answer)
         await asyncio.sleep(_CLOSING)
     else:
         await socket.close(1008, refused.message[:100])

@@ -188,7 +188,10 @@ def open_container(data: bytes) -> Any:
     """
     import av
 
-    return av.open(io.BytesIO(data), container_options=dict(_SAFE), metadata_errors="replace")
+    options = {"container_options": dict(_SAFE)}
+    if int(av.__version__.split(".")[0]) < 19:  # later ones never fail on a title in latin-1
+        options["metadata_errors"] = "replace"
+    return av.open(io.BytesIO(data), **options)
 
 
 def _contained(data: bytes, kind: str, most_seconds: float) -> Probed:

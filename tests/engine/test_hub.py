@@ -101,9 +101,10 @@ class Answer:
 )
 def test_the_hubs_errors_become_advice(kind, says, cache, monkeypatch):
     def fail(*args, **kwargs):
-        if issubclass(kind, errors.HfHubHTTPError):
+        try:
             raise kind("broke\nmore", response=Answer())
-        raise kind("broke\nmore")
+        except TypeError:  # one that carries no response
+            raise kind("broke\nmore") from None
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)

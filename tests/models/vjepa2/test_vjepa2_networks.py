@@ -126,6 +126,7 @@ CONFIGS = [
 
 @pytest.mark.parametrize("sizes", CONFIGS, ids=str)
 def test_random_configs_match_transformers(sizes):
+    pytest.importorskip("transformers", "5.0")  # 4.57 fails on some of these sizes
     hub = pytest.importorskip("transformers.models.vjepa2")
     crop, patch, tubelet, frames, width, heads, ratio, pred_width, pred_heads, masks = sizes
     shape = {
