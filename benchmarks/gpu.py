@@ -12,8 +12,8 @@ Everything runs in processes of its own: what fails or takes too long is told at
 rest goes on; where time is short, the last parts are left out (`--kernels` and `--models` apart fit
 better). The exit code is 1 then, and 2 where there is no GPU. Results are kept, part by part, as
 `benchmarks/results/<gpu>-<date>.json`. With `--tune`, the tiles of attention that are fastest and
-those of matrix-vector products that beat the library's are kept in the user's cache
-(`mstar/engine/kernels/tuning.py`), and used from then on.
+those of matrix-vector products that beat the library's are measured again, with more care than a
+warm-up takes, and kept in the user's cache (`mstar/engine/kernels/tuning.py` says where).
 """
 
 from __future__ import annotations

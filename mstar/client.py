@@ -47,10 +47,23 @@ class GenerateMethods:
         request_id: str | None = None,
         **model_kwargs: Any,
     ) -> GenerateResult | Iterator[Event]:
-        """Run one request: its result, or with `stream=True` an iterator over its events.
+        """Run one request.
 
-        Without `output_modalities` the model makes what it is for: text, if it can. `None` values
-        are dropped. Closing or dropping the iterator early cancels the request.
+        `None` values are dropped.
+
+        Args:
+            text: the prompt. Chat models take `messages=[{"role", "content"}]` instead.
+            images, audio, video: a path, bytes, `(filename, bytes)`, or a list of those; an Engine
+                also takes PIL images and arrays (audio as `(samples, sample_rate)`).
+            output_modalities: what to make; if left out what the model is for: text, if it can.
+            input_modalities: the order of the given parts, where it matters.
+            stream: return an iterator of events; closing or dropping it cancels the request.
+            request_id: unique among the live requests; made up if left out.
+            timeout: seconds after which `RequestTimeout` is raised.
+            **model_kwargs: parameters of the model (`mstar models NAME` lists them).
+
+        Returns:
+            The folded result, or the iterator.
 
         Raises:
             InvalidRequest: an input or a parameter is not accepted.

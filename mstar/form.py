@@ -22,6 +22,7 @@ _MEDIA = ("image", "audio", "video")
 _FIELD_OF = {"image": "images", "audio": "audio", "video": "video"}
 _SUFFIXES = {kind: tuple(f".{name}" for name in EXTENSIONS[kind]) for kind in _MEDIA}
 _MAGIC = (
+    (0, b"\x89PNG", "image", ".png"),
     (0, b"\xff\xd8\xff", "image", ".jpg"),
     (0, b"GIF8", "image", ".gif"),
     (0, b"BM", "image", ".bmp"),
@@ -72,7 +73,8 @@ def make_form(
     in a form.
 
     Files go out in the order of `input_modalities`. Without it the order is images, audio, video,
-    text, and `input_modalities` says so where there are several kinds.
+    text, and `input_modalities` says so where there are several kinds, or videos, which may be
+    images that move.
 
     Raises:
         InvalidRequest: a wrong type, a file that cannot be read, a value that JSON cannot hold, or
@@ -97,7 +99,7 @@ def make_form(
         files = _ordered(files, order)
     else:
         kinds = [kind for kind, _, _ in files] + ["text"] * (text is not None)
-        order = kinds if len(set(kinds)) > 1 else None
+        order = kinds if len(set(kinds)) > 1 or "video" in kinds else None
     fields = {
         "text": text,
         "input_modalities": order and ",".join(order),
@@ -172,9 +174,10 @@ def _data_url(name: str, data: bytes) -> str:
 
 
 def _suffix(kind: str, data: bytes) -> str:
-    """The suffix that fits the content, of those that this kind has."""
+    """The suffix that fits the content, of those that this kind has; images may be videos."""
+    kinds = ("video", "image") if kind == "video" else (kind,)
     for offset, magic, of_kind, suffix in _MAGIC:
-        if of_kind == kind and data.startswith(magic, offset):
+        if of_kind in kinds and data.startswith(magic, offset):
             return suffix
     return _SUFFIXES[kind][0]
 

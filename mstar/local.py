@@ -157,49 +157,8 @@ class Engine(GenerateMethods):
         self._service.submit(prepared)
         return prepared.sink
 
-    def generate(
-        self,
-        *,
-        text: str | None = None,
-        images: Any = None,
-        audio: Any = None,
-        video: Any = None,
-        output_modalities: Sequence[str] | None = None,
-        input_modalities: Sequence[str] | None = None,
-        stream: bool = False,
-        request_id: str | None = None,
-        **model_kwargs: Any,
-    ) -> GenerateResult | Iterator[Event]:
-        """Run one request.
-
-        Args:
-            text: the prompt. Chat models take `messages=[{"role", "content"}]` instead.
-            images, audio, video: a path, bytes, `(filename, bytes)`, a list of those; PIL images
-                and arrays, too (audio as `(samples, sample_rate)`).
-            output_modalities: what to make; the model's default if left out.
-            input_modalities: the order of the given parts, where it matters.
-            stream: return an iterator of events; closing it cancels the request.
-            request_id: unique among the live requests; made up if left out.
-            timeout: seconds after which `RequestTimeout` is raised.
-            **model_kwargs: parameters of the model (`mstar models NAME` lists them).
-
-        Returns:
-            The folded result, or the iterator.
-
-        Raises:
-            MStarError: see `mstar.errors`.
-        """
-        handle = self.submit(
-            text=text,
-            images=images,
-            audio=audio,
-            video=video,
-            output_modalities=output_modalities,
-            input_modalities=input_modalities,
-            stream=stream,
-            request_id=request_id,
-            **model_kwargs,
-        )
+    def _generate(self, *, stream: bool, **request: Any) -> GenerateResult | Iterator[Event]:
+        handle = self.submit(stream=stream, **request)
         if stream:
             return EventStream(handle)
         with _cancelling(handle):

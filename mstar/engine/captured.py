@@ -18,12 +18,15 @@ one stream, and what one of them returned is valid until any of them runs again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 __all__ = ["Captured", "CapturedSteps", "Record", "Step", "record"]
+
+_one_at_a_time = threading.RLock()  # captures of a process; engines have threads of their own
 
 Outputs = tuple[Tensor, ...]
 Step = Callable[..., Outputs]
@@ -36,18 +39,23 @@ def record() -> Record:
     It takes a step and returns how to run it again, and the tensors it writes its outputs to.
     """
     memory = torch.cuda.graph_pool_handle()
+    streams: list[torch.cuda.Stream] = []
 
     def capture(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread is bound by what may happen during a capture: others go on working.
-        with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-            outputs = step()
+        if not streams:  # of the device that is current now; torch has but 32 of them in all
+            streams.append(torch.cuda.Stream())
+        (stream,) = streams
+        with _one_at_a_time:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread is bound by what may happen during a capture: others go on working.
+            how = {"stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, pool=memory, **how):
+                outputs = step()
         return graph.replay, outputs
 
     return capture

@@ -80,7 +80,7 @@ def _cache() -> Path:
     if not cache:
         base = env.get("XDG_CACHE_HOME") or "~/.cache"
         cache = os.path.join(env.get("HF_HOME") or os.path.join(base, "huggingface"), "hub")
-    return Path(os.path.expandvars(cache)).expanduser()
+    return Path(os.path.expanduser(os.path.expandvars(cache)))
 
 
 def _offline() -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 from mstar.errors import InvalidRequest, nearest
 from mstar.http.body import Part, whole_json
 from mstar.http.errors import Refused
-from mstar.http.limits import check_media
+from mstar.http.limits import check_media, moves
 from mstar.http.messages import read_messages
 from mstar.http.settings import Settings
+from mstar.io.data_url import decode_data_url
 from mstar.io.sniff import kind_of
 from mstar.models.card import ModelCard
 from mstar.models.parameters import Parameter
@@ -46,7 +47,7 @@ class Ask:
     Args:
         arguments: of `Engine.submit`.
         streaming: whether the answer is a stream.
-        names: modality -> what the client calls it.
+        names: modality, or the name of a latent -> what the client calls it, where that differs.
     """
 
     arguments: dict[str, Any]
@@ -66,13 +67,15 @@ def ask_of(card: ModelCard, settings: Settings, parts: Sequence[Part]) -> Ask:
     if not given and "messages" not in arguments:
         raise InvalidRequest("text", None, "there is neither text nor a file")
     order, texts = [], []
+    found = [_kind(part) for part in given if part.name == "files"]
+    kinds = iter(_as_told(found, values.get("input_modalities")))
     for part in given:
         if part.name == "text":
             texts.append(check_text("text", part.text(), settings))
             order.append("text")
         else:
-            kind = _kind(part)
-            check_media(settings, kind, part.data, "files")
+            kind = next(kinds)
+            _check_file(settings, kind, part.data)
             arguments.setdefault(_MEDIA[kind], []).append(part.data)
             order.append(kind)
     if len(texts) > 1:
@@ -86,14 +89,23 @@ def ask_of(card: ModelCard, settings: Settings, parts: Sequence[Part]) -> Ask:
         ask.streaming = _STREAMING.check(_STREAMING.parse(values["streaming"]))
     if "request_id" in values:
         arguments["request_id"] = _request_id(values["request_id"])
-    wanted = _words(values.get("output_modalities"))
-    if "video" in wanted and "video" not in card.outputs and "latent" in card.outputs:
-        wanted = ["latent" if word == "video" else word for word in wanted]
-        ask.names = {"latent": "video"}
-    if wanted:
+    if wanted := _words(values.get("output_modalities")):
         arguments["output_modalities"] = tuple(dict.fromkeys(wanted))
+        ask.names = _latent_names(card, wanted)
+        apart = ask.names and not {"video", "latent"} & set(wanted)
+        if apart and "return_latents" in card.parameters:  # they are large
+            arguments.setdefault("return_latents", False)
     arguments["stream"] = ask.streaming
     return ask
+
+
+def _latent_names(card: ModelCard, wanted: Sequence[str]) -> dict[str, str]:
+    """Other servers call latents `video`, the costs of candidates `tensor`, and `scalar` the
+    number of the best one."""
+    names = {"latent": "video", "costs": "tensor", "scalar": "scalar"}
+    words = set(wanted).difference(card.outputs)
+    told = {name: word for name, word in names.items() if word in words}
+    return {"costs": "latent", **told} if told and "latent" in card.outputs else {}
 
 
 def check_text(name: str, text: str, settings: Settings) -> str:
@@ -162,6 +174,22 @@ def _kind(part: Part) -> str:
     return kind
 
 
+def _as_told(kinds: list[str], stated: str | None) -> list[str]:
+    """The kinds of files, images as videos where the client says so: they may move."""
+    told = [word for word in _words(stated) if word in _MEDIA]
+    if len(set(told)) == 1:
+        told = told[:1] * len(kinds)
+    if len(told) != len(kinds) or sorted(told) == sorted(kinds):  # in whatever order
+        return kinds
+    pairs = zip(kinds, told, strict=True)
+    return ["video" if pair == ("image", "video") else pair[0] for pair in pairs]
+
+
+def _check_file(settings: Settings, kind: str, data: bytes) -> None:
+    still = kind == "video" and kind_of(data) == "image" and not moves(data)
+    check_media(settings, "image" if still else kind, data, "files")
+
+
 def _model_kwargs(card: ModelCard, settings: Settings, text: str) -> dict[str, Any]:
     kwargs = whole_json(text, "model_kwargs") if text.strip() else {}
     for name in _RESERVED:
@@ -170,10 +198,22 @@ def _model_kwargs(card: ModelCard, settings: Settings, text: str) -> dict[str, A
             raise Refused(400, message, param=name)
     unknown = {k: v for k, v in kwargs.items() if k not in card.parameters and k not in _BESIDE}
     card.parameters.validate(unknown)
+    for name, value in kwargs.items():
+        text = name in _BESIDE or card.parameters[name].kind is str
+        if isinstance(value, str) and not text:
+            _check_url(settings, name, value)
     if kwargs.get("messages") is not None:
         longest = settings.max_text_chars
         kwargs["messages"] = read_messages(card, kwargs["messages"], longest=longest)
     return kwargs
+
+
+def _check_url(settings: Settings, name: str, value: str) -> None:
+    """Media in a parameter have the limits of files."""
+    if value.startswith("data:"):
+        data = decode_data_url(name, value)
+        if (kind := kind_of(data)) in _MEDIA:
+            check_media(settings, kind, data, name)
 
 
 def _order(stated: str | None, order: list[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from mstar.http.settings import Settings
 from mstar.io.probe import Probed, Unreadable, probe_audio, probe_image, probe_video
 from mstar.io.sniff import kind_of
 
-__all__ = ["check_media"]
+__all__ = ["check_media", "moves"]
 
 _MOST_FRAMES = 1024  # of an animated image
 _RATE, _CHANNELS = 96_000, 2  # the most samples are those of the longest sound at this rate
@@ -35,6 +35,14 @@ def check_media(settings: Settings, kind: str, data: bytes, field: str) -> None:
         pass  # without PyAV such a file cannot be decoded either: that says what to install
     except (Unreadable, _TooLarge) as error:
         raise InvalidRequest(field, kind, str(error)) from None
+
+
+def moves(image: bytes) -> bool:
+    """Whether an image, such as a GIF, has several frames."""
+    try:
+        return probe_image(image, 1).frames > 1
+    except Unreadable:
+        return False
 
 
 class _TooLarge(Exception):

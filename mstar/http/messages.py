@@ -17,7 +17,7 @@ from mstar.http.media import media_bytes
 from mstar.io.sniff import kind_of
 from mstar.models.card import ModelCard
 
-__all__ = ["Media", "kinds_in", "read_messages", "with_media"]
+__all__ = ["Media", "read_messages", "with_media"]
 
 _ROLES = ("developer", "system", "user", "assistant", "tool")
 _ROLE_OF = {"developer": "system"}  # a newer name for the same
@@ -90,11 +90,6 @@ def read_messages(
         if count > most:
             raise InvalidRequest("messages", f"{count} {what}", f"must be at most {most}")
     return read
-
-
-def kinds_in(messages: list[dict[str, Any]]) -> set[str]:
-    """The kinds of media in what `read_messages` made."""
-    return {part["type"] for message in messages for part in _media(message)}
 
 
 async def with_media(front: Front, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

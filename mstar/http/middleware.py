@@ -68,6 +68,7 @@ class Recorder:
                 raise
             await response(scope, receive, send_on)
         finally:
+            record.send = None  # it leads to the scope, which holds the record: a circle
             self.front.busy -= 1
             self.front.held -= record.held
             seconds = time.monotonic() - record.began

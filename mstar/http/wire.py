@@ -5,7 +5,8 @@ from __future__ import annotations
 import binascii
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -37,18 +38,19 @@ def lines(events: Sequence[Event], request_id: str, names: Mapping[str, str]) ->
     Args:
         events: in order.
         request_id: goes to the metadata of the last event of a request.
-        names: modality -> what this client calls it, where that differs.
+        names: what this client calls things, see `Ask`.
     """
-    return b"".join([_event_line(event, request_id, names) for event in events])
+    return b"".join([_event_lines(event, request_id, names) for event in events])
 
 
-def _event_line(event: Event, request_id: str, names: Mapping[str, str]) -> bytes:
+def _event_lines(event: Event, request_id: str, names: Mapping[str, str]) -> bytes:
     if type(event) is AudioChunk and not event.metadata and event.finish_reason is None:
         pcm = np.ascontiguousarray(event.pcm, dtype="<i2")  # most of what is sent: no detours
         return _AUDIO % (_base64(pcm), event.sample_rate)
-    data, metadata = _payload(event)
-    metadata = {**event.metadata, **metadata, **_closing(event, request_id)}
-    return _line(names.get(event.modality, event.modality), data, metadata)
+    closing = _closing(event, request_id)
+    return b"".join(
+        [_line(name, data, {**told, **closing}) for name, data, told in _named(event, names)]
+    )
 
 
 def error_line(refused: Refused) -> bytes:
@@ -64,12 +66,9 @@ def document(result: GenerateResult, names: Mapping[str, str]) -> bytes:
     """A whole result, grouped by modality; the last entry of each tells how it ended."""
     outputs: dict[str, list[dict[str, Any]]] = {}
     for event in _whole(result):
-        data, metadata = _payload(event)
-        entry = {
-            "data": _base64(data).decode(),
-            "metadata": {**event.metadata, **metadata},
-        }
-        outputs.setdefault(names.get(event.modality, event.modality), []).append(entry)
+        for name, data, told in _named(event, names):
+            entry = {"data": _base64(data).decode(), "metadata": told}
+            outputs.setdefault(name, []).append(entry)
     closing = {
         "finish_reason": result.finish_reason,
         "usage": asdict(result.usage) if result.usage else None,
@@ -98,6 +97,20 @@ def _whole(result: GenerateResult) -> list[Event]:
         metadata = next(e.metadata for e in result.raw if isinstance(e, ActionChunk))
         events.append(ActionChunk(result.actions, metadata=metadata))
     return events or [event for event in result.raw if event.finish_reason is not None]
+
+
+def _named(event: Event, names: Mapping[str, str]) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """Modality, payload and metadata, in the words of the client."""
+    data, metadata = _payload(event)
+    metadata = {**event.metadata, **metadata}
+    name = names.get(event.modality, event.modality)
+    if not isinstance(event, LatentChunk):
+        yield name, data, metadata
+        return
+    yield names.get(metadata.get("name"), name), data, metadata
+    if "scalar" in names and "best_index" in metadata:
+        told = {"dtype": "int64", "shape": [], "name": "best_index"}
+        yield names["scalar"], struct.pack("<q", metadata["best_index"]), told
 
 
 def _payload(event: Event) -> tuple[bytes, dict[str, Any]]:

@@ -76,11 +76,22 @@ def rgb_of(value: Any) -> Image.Image:
         value = value[1]
     if isinstance(value, (bytes, bytearray, memoryview)):
         return open_image(bytes(value))
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
+    value = without_torch(value)
     if isinstance(value, np.ndarray):
         return to_rgb(_of_array(value))
     raise ValueError("must be a path, bytes, (filename, bytes), a PIL image or an array")
+
+
+def without_torch(value: Any) -> Any:
+    """A tensor as an array of numpy; what is no tensor, as it is.
+
+    Raises:
+        ValueError: numpy has no such tensors (bfloat16, sparse).
+    """
+    try:
+        return value.detach().cpu().numpy() if hasattr(value, "detach") else value
+    except (RuntimeError, TypeError):
+        raise ValueError(f"must be dense and uint8, not {value.layout} {value.dtype}") from None
 
 
 def _of_array(value: np.ndarray) -> Image.Image:

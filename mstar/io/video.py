@@ -19,7 +19,7 @@ from PIL import Image
 from mstar.errors import InvalidRequest
 from mstar.io.image import MAX_PIXELS
 from mstar.io.probe import Unreadable, open_container, probe_image, probe_video
-from mstar.io.rgb import rgb_of, to_rgb
+from mstar.io.rgb import rgb_of, to_rgb, without_torch
 from mstar.io.sniff import kind_of
 
 __all__ = ["Video", "open_video", "read_bytes", "video_of_file"]
@@ -62,8 +62,7 @@ def open_video(value: Any, longest: float = 3600.0) -> Video:
     Raises:
         ValueError: it is something else, or broken; says what, or what to install.
     """
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
+    value = without_torch(value)
     if isinstance(value, np.ndarray) and value.ndim != 3:
         return _of_array(value)
     if isinstance(value, (Image.Image, np.ndarray)):

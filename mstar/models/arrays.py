@@ -8,6 +8,8 @@ import numpy as np
 
 __all__ = ["array", "as_array", "rows"]
 
+_MOST = float(np.finfo(np.float32).max)
+
 
 def as_array(value: Any) -> np.ndarray:
     """Numbers as an array of numpy, in this machine's byte order; of arrays of any library, lists,
@@ -33,12 +35,12 @@ def as_array(value: Any) -> np.ndarray:
 
 
 def rows(value: Any) -> np.ndarray:
-    """An array of finite numbers, or an empty one; see `as_array`."""
+    """An array of numbers that are finite in float32, or an empty one; see `as_array`."""
     try:
         found = as_array(value)
     except (TypeError, ValueError):
         raise ValueError("must be an array of numbers") from None
-    if not np.isfinite(found).all():
+    if not (np.abs(found) <= _MOST).all():
         raise ValueError("must be finite")
     return found
 

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from mstar.engine.checkpoint import Checkpoint
 from mstar.engine.feature_cache import FeatureCache
+from mstar.engine.kvcache import KVPool
 from mstar.engine.layers.quantized import Quantization
+from mstar.engine.lm import DecoderNetwork, LanguageModel
+from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
 from mstar.engine.request import Request
+from mstar.engine.weights import load, randomize
 
-__all__ = ["Inputs", "Model", "Run", "Setup"]
+__all__ = ["Inputs", "Model", "Run", "Setup", "filled"]
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 class Run:
@@ -75,6 +82,48 @@ class Setup:
     quantization: Quantization | None = None
     progress: Callable[[int, int, str], None] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def filling(self) -> dict[str, Any]:
+        """What `filled` takes, beside a network and its checkpoint."""
+        names = ("device", "dtype", "dummy", "quantization", "progress")
+        return {name: getattr(self, name) for name in names}
+
+    def language_model(self, name: str, network: DecoderNetwork, **more: Any) -> LanguageModel:
+        """A decoder with its cache; `more` is for `LanguageModel`."""
+        layout, device, dtype = network.kv_layout, self.device, self.dtype
+        most = max(self.max_batch * 8192, 65536)
+        tokens = self.kv_tokens or kv_tokens_for(
+            layout, device, dtype, fraction=self.memory_fraction, at_most=most
+        )
+        pool = KVPool(layout, tokens, device=device, dtype=dtype, prefix_cache=self.prefix_cache)
+        own = {key: getattr(self, key) for key in ("max_batch", "token_budget", "look_ahead")}
+        return LanguageModel(name, network, pool, **own, **more)
+
+
+def filled(
+    network: _Network,
+    checkpoint: Callable[[], Checkpoint],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    dummy: bool = False,
+    quantization: Quantization | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> _Network:
+    """A network, usually from "meta", with its weights, or with random ones if it is a `dummy`; see
+    `load` and `randomize`.
+
+    Args:
+        checkpoint: opens it.
+
+    Raises:
+        WeightsError: a file is missing or wrong, or lacks a tensor.
+    """
+    how = {"device": device, "dtype": dtype, "quantization": quantization}
+    if dummy:
+        return randomize(network, **how).eval()
+    return load(network, checkpoint(), **how, progress=progress).eval()
 
 
 class Model:

@@ -13,9 +13,12 @@ __all__ = [
     "check_fields",
     "check_flags",
     "check_lists",
+    "check_multiple",
     "check_numbers",
     "check_sizes",
+    "check_values",
     "known",
+    "object_of",
     "read_object",
     "required",
 ]
@@ -38,11 +41,15 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def known(kind: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a config that are fields of a dataclass, with tuples for lists; those that are
-    null count as left out."""
-    names = {field.name for field in fields(kind)}
-    given = {name: value for name, value in config.items() if name in names and value is not None}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    """The entries of a config that are fields of a dataclass, lists as tuples where it has such;
+    those that are null count as left out."""
+    found = {field.name: config[field.name] for field in fields(kind) if field.name in config}
+    tuples = {field.name for field in fields(kind) if field.type.startswith("tuple")}
+    return {
+        name: tuple(value) if name in tuples and isinstance(value, list) else value
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def required(config: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -50,6 +57,28 @@ def required(config: Mapping[str, Any], names: Iterable[str]) -> None:
     lacking = [name for name in names if config.get(name) is None]
     if lacking:
         raise ValueError(f"it has no {', '.join(lacking)}")
+
+
+def object_of(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The object in a config, empty if it is left out, or null."""
+    found = config.get(name)
+    if found is not None and not isinstance(found, Mapping):
+        raise ValueError(f"{name}={found!r}: must be an object")
+    return found or {}
+
+
+def check_values(config: Mapping[str, Any], **values: Any) -> None:
+    """Refuse other values; what is left out, or null, may be."""
+    for name, value in values.items():
+        found = config.get(name)
+        if found is not None and found != value:
+            raise ValueError(f"{name}={found!r}: must be {value!r}")
+
+
+def check_multiple(config: Mapping[str, Any], name: str, unit: int, why: str) -> None:
+    """Refuse an integer that is no multiple of `unit`."""
+    if config[name] % unit:
+        raise ValueError(f"{name}={config[name]}: must be a multiple of {unit}, {why}")
 
 
 def check_sizes(config: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -62,8 +91,8 @@ def check_sizes(config: Mapping[str, Any], names: Iterable[str]) -> None:
 def check_lists(config: Mapping[str, Any], names: Iterable[str]) -> None:
     """Refuse anything but lists of integers of at least 1 that are not empty."""
     for name in names:
-        value = config[name]
-        if not isinstance(value, (list, tuple)) or not value or not all(map(_is_size, value)):
+        value = list(config[name]) if isinstance(config[name], tuple) else config[name]
+        if not isinstance(value, list) or not value or not all(map(_is_size, value)):
             raise ValueError(f"{name}={value!r}: must be a list of integers of at least 1")
 
 

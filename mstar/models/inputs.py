@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs
 from mstar.models.card import ModelCard
+from mstar.models.parameters import demand
 from mstar.types import MODALITIES
 
 __all__ = ["gather_inputs", "output_modalities_for"]
@@ -29,22 +29,16 @@ def gather_inputs(
     Raises:
         InvalidRequest: nothing at all, of a wrong type, or of a kind that the model does not take.
     """
-    if text is not None and not isinstance(text, str):
-        raise InvalidRequest("text", text, "must be a string")
+    demand(text is None or isinstance(text, str), "text", text, "must be a string")
     if messages is not None:
-        if not card.chat:
-            raise InvalidRequest("messages", messages, f"{card.name} does not chat; use text=")
-        if text is not None:
-            raise InvalidRequest("messages", messages, "give either text or messages, not both")
+        demand(card.chat, "messages", messages, f"{card.name} does not chat; use text=")
+        demand(text is None, "messages", messages, "give either text or messages, not both")
     given = {"text": text, **{field: _as_list(value) for field, value in media.items()}}
     for field, value in given.items():
-        if value is not None and value != () and _MODALITY_OF[field] not in card.inputs:
-            taken = ", ".join(card.inputs)
-            raise InvalidRequest(field, value, f"{card.name} takes {taken} only")
-    if messages is None and all(value in (None, ()) for value in given.values()):
-        raise InvalidRequest(
-            "text", None, f"nothing was given; {card.name} takes {_or(card.inputs)}"
-        )
+        fits = value in (None, ()) or _MODALITY_OF[field] in card.inputs
+        demand(fits, field, value, f"{card.name} takes {', '.join(card.inputs)} only")
+    there = messages is not None or any(value not in (None, ()) for value in given.values())
+    demand(there, "text", None, f"nothing was given; {card.name} takes {' or '.join(card.inputs)}")
     order = None
     if input_modalities is not None:
         order = _modalities("input_modalities", input_modalities, card.inputs, card.name)
@@ -67,20 +61,18 @@ def output_modalities_for(card: ModelCard, wanted: Sequence[str] | None) -> tupl
 def _modalities(
     field: str, wanted: Sequence[str], allowed: Sequence[str], name: str
 ) -> tuple[str, ...]:
-    if not isinstance(wanted, (str, list, tuple, set, frozenset)):
-        raise InvalidRequest(field, wanted, "must be a list of modalities")
-    names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    if not names:
-        raise InvalidRequest(field, wanted, f"must name at least one of {', '.join(allowed)}")
+    listed = isinstance(wanted, (str, list, tuple, set, frozenset))
+    names = (wanted,) if isinstance(wanted, str) else tuple(wanted) if listed else ()
+    fits = listed and all(isinstance(name, str) for name in names)
+    demand(fits, field, wanted, "must be a list of modalities")
+    demand(bool(names), field, wanted, f"must name at least one of {', '.join(allowed)}")
     if field == "output_modalities" and "latent" in allowed:
         names = tuple(
             dict.fromkeys("latent" if n in _LATENTS and n not in allowed else n for n in names)
         )
     for modality in names:
-        if modality not in MODALITIES:
-            raise InvalidRequest(field, modality, f"must be one of {', '.join(MODALITIES)}")
-        if modality not in allowed:
-            raise InvalidRequest(field, modality, f"{name} has {', '.join(allowed)} only")
+        demand(modality in MODALITIES, field, modality, f"must be one of {', '.join(MODALITIES)}")
+        demand(modality in allowed, field, modality, f"{name} has {', '.join(allowed)} only")
     return names
 
 
@@ -88,7 +80,3 @@ def _as_list(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _or(names: Sequence[str]) -> str:
-    return " or ".join(names)

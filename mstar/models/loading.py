@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mstar.engine.hub import resolve
+from mstar.engine.kernels.dispatch import triton
 from mstar.engine.layers.quantized import Quantization, check_quantization
 from mstar.errors import InvalidRequest, ModelNotFound
 from mstar.models.base import Model, Setup
@@ -85,6 +86,8 @@ def device_for(device: str | torch.device | None) -> torch.device:
         return torch.device("cpu")
     if (found.index or 0) >= torch.cuda.device_count():
         raise InvalidRequest("device", device, f"{torch.cuda.device_count()} GPUs are to be seen")
+    if triton is None:
+        raise InvalidRequest("device", device, "a GPU needs Triton: pip install 'triton>=3.6'")
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 

@@ -93,7 +93,8 @@ class Parameter:
             except InvalidRequest:
                 raise
             except (TypeError, ValueError) as error:
-                raise InvalidRequest(self.name, value, str(error) or self.allowed) from None
+                allowed = str(error) or f"must be {self.allowed}"
+                raise InvalidRequest(self.name, value, allowed) from None
         if not ok:
             hint = nearest(item, self.choices) if isinstance(item, str) else ""
             raise InvalidRequest(self.name, value, f"must be {self.allowed}{hint}")

@@ -1,4 +1,4 @@
-"""Images to another size with Pillow's bicubic filter, wherever that is done soonest."""
+"""Images to another size with Pillow's bicubic filter, on the GPU of a model that has one."""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -79,6 +83,88 @@ def test_a_capture_that_fails_leaves_no_bucket():
     with pytest.raises(RuntimeError, match="no memory"):
         steps.run(scaled(2), x, x)
     assert len(steps) == 0
+
+
+class FakeCuda:
+    """Stands for `torch.cuda`: which stream a step is run and captured on."""
+
+    def __init__(self):
+        self.made, self.now, self.log, self.capturing = [], ["main"], [], 0
+        self.stream = self.on
+
+    def graph_pool_handle(self):
+        return "memory"
+
+    def current_stream(self):
+        return FakeStream(self.now[-1])
+
+    def Stream(self):
+        self.made.append(f"side {len(self.made)}")
+        return FakeStream(self.made[-1])
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: None)
+
+    @contextmanager
+    def on(self, stream):
+        self.now.append(stream.name)
+        yield
+        self.now.pop()
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.capturing += 1
+        assert (self.capturing, pool, capture_error_mode) == (1, "memory", "thread_local")
+        with self.on(stream):
+            yield
+        self.capturing -= 1
+
+
+class FakeStream:
+    def __init__(self, name):
+        self.name = name
+
+    def wait_stream(self, other):
+        assert other.name != self.name
+
+
+def test_all_captures_of_a_recorder_are_on_one_stream_of_their_own(monkeypatch):
+    """torch's own stream for captures is one of the process: it may be another GPU's."""
+    cuda = FakeCuda()
+    monkeypatch.setattr("torch.cuda", cuda)
+    capture = record()
+    assert cuda.made == []  # the device is known when the first step is captured
+    for _ in range(3):
+        capture(lambda: cuda.log.append(cuda.now[-1]))
+    assert cuda.log == ["side 0"] * 9
+    record()(lambda: cuda.log.append(cuda.now[-1]))
+    assert cuda.log[9:] == ["side 1"] * 3
+
+
+def test_one_thread_captures_at_a_time(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr("torch.cuda", cuda)
+    inside, go_on, failures = threading.Event(), threading.Event(), []
+
+    def first():
+        if cuda.capturing:
+            inside.set()
+            go_on.wait(60)
+
+    def work(step):
+        try:
+            record()(step)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(step,)) for step in (first, lambda: None)]
+    threads[0].start()
+    assert inside.wait(60)
+    threads[1].start()
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
 
 
 @pytest.mark.gpu

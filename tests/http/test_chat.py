@@ -57,11 +57,11 @@ def test_choices_share_one_prompt_in_the_usage():
 
 def test_tokens_of_sound_are_told_where_they_are_counted():
     counted = Usage(10, 0, 7, image_tokens=2, audio_tokens=3, speech_tokens=4)
-    usage = usage_of([counted, counted], ("text", "audio"), heard=True)
+    usage = usage_of([counted, counted], ("text", "audio"))
     read, made = usage["prompt_tokens_details"], usage["completion_tokens_details"]
     assert (read["text_tokens"], read["audio_tokens"], read["image_tokens"]) == (5, 3, 2)
     assert (made["text_tokens"], made["audio_tokens"]) == (6, 8)
-    unknown = usage_of([Usage(10)], ("text",), heard=True)["prompt_tokens_details"]
+    unknown = usage_of([Usage(10, 0, 7)], ("text", "audio"))["completion_tokens_details"]
     assert not {"text_tokens", "audio_tokens"} & unknown.keys()
 
 

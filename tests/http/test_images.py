@@ -283,6 +283,7 @@ def test_urls_lead_to_the_images_without_a_key():
         assert [set(item) for item in reply["data"]] == [{"url"}] * 2
         urls = [item["url"] for item in reply["data"]]
         assert all(url.startswith(f"{site.url}/v1/images/files/") for url in urls)
+        assert all(len(url.rpartition("/")[2]) > 30 for url in urls)  # nobody guesses them
         for index, url in enumerate(urls):
             file = requests.get(url, timeout=30)
             assert file.headers["content-type"] == "image/webp"

@@ -136,6 +136,13 @@ def test_files_that_are_refused(narrow, name, data, message):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150 * 1024
 
 
+def test_images_that_are_sent_as_videos_have_their_limits(narrow):
+    file, said = ("a.gif", gif(2, 2, frames=60)), {"input_modalities": "video"}
+    reply = narrow.post(files={"files": file}, data=said)
+    assert (reply.status_code, "video has 51 frames; at most 50" in reply.text) == (400, True)
+    assert narrow.post(files={"files": file}).status_code == 200
+
+
 @pytest.mark.parametrize(("name", "data"), TAKEN, ids=kind)
 def test_files_that_are_taken(narrow, name, data):
     data_form = {"model_kwargs": json.dumps({"tell": True}), "streaming": "false"}
@@ -207,6 +214,9 @@ def test_the_operator_sets_the_limits():
     with every_site(max_pixels=100) as site:
         reply = site.post(files={"files": ("a.png", picture(16, 16, 1))})
         assert "more than 100 pixels" in reply.json()["detail"]
+        url = f"data:image/png;base64,{base64.b64encode(picture(16, 16, 1)).decode()}"
+        reply = site.post(data={"text": "x", "model_kwargs": json.dumps({"mask": url})})
+        assert reply.json()["detail"] == "mask='image': the image has more than 100 pixels"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from mstar.client import (
     RequestTimeout,
 )
 from mstar.types import AudioBuffer
+from tests.broken_media import gif
 from tests.every_modality import PNG, picture
 from tests.http.conftest import every_site
 from tests.waiting import until
@@ -142,6 +143,15 @@ def test_files_and_text_arrive_in_the_order_that_is_told(ask):
     assert told["images"] == hashes[:2]
     assert told["audio"] == hashes[2:]
     assert told["input_modalities"] == list(order)
+
+
+@pytest.mark.parametrize("more", [{}, {"text": "what?", "images": gif(3, 3)}])
+def test_images_that_move_are_videos_if_they_are_given_as_such(ask, more):
+    videos = [gif(2, 2, frames=3), picture(8, 8, 9)]
+    told = json.loads(ask("generate", video=videos, tell=True, **more).text)
+    assert len(told.get("images", [])) == len(more) // 2
+    hashes = [f"{len(x)} bytes {hashlib.sha256(x).hexdigest()[:8]}" for x in videos]
+    assert told["video"] == hashes
 
 
 def test_messages_arrive_with_their_media(ask):

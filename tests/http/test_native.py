@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import socket
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
 import requests
 
-from mstar.http import wire
+from mstar.http import middleware, wire
+from mstar.http.record import Record
 from mstar.types import AudioBuffer, AudioChunk
 from tests.every_modality import PNG, picture
 from tests.http.conftest import Site, every_site
@@ -120,6 +123,14 @@ def test_files_and_text_keep_their_order(site, seen):
     assert seen[0].input_modalities == ("image", "audio", "text", "image")
 
 
+def test_the_order_that_is_told_may_be_another_than_that_of_the_files(site, seen):
+    png, wav = picture(1, 1, 1), AudioBuffer(np.zeros(10, np.int16), 24000).to_wav()
+    files = [("files", ("a.wav", wav)), ("files", ("a.png", png))]
+    assert site.post(files=files, data={"input_modalities": "image,audio"}).status_code == 200
+    assert (seen[0].images, seen[0].audio) == ((png,), (wav,))
+    assert seen[0].input_modalities == ("image", "audio")
+
+
 def test_messages_bring_their_media_as_bytes(site, seen):
     png = picture(1, 1, 1)
     url = f"data:image/png;base64,{base64.b64encode(png).decode()}"
@@ -206,6 +217,25 @@ def test_the_event_loop_is_free_while_a_request_is_prepared(site, monkeypatch):
     assert site.get("/health").status_code == 200
     gate.set()
     thread.join()
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_a_request_that_is_over_waits_for_no_garbage_collection(site, monkeypatch, streaming):
+    records = []
+
+    class Noted(Record):
+        def __init__(self, *args):
+            super().__init__(*args)
+            records.append(weakref.ref(self))
+
+    monkeypatch.setattr(middleware, "Record", Noted)
+    gc.disable()
+    try:
+        site.post(data={"text": "x", "streaming": streaming})
+        assert len(records) == 1
+        until(lambda: records[0]() is None)
+    finally:
+        gc.enable()
 
 
 def test_many_streams_at_once(site):

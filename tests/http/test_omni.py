@@ -88,8 +88,11 @@ def test_images_and_sounds_are_parts_of_a_message(client):
     ]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
     reply = client.chat.completions.create(messages=messages, **SHORT)
-    assert reply.usage.prompt_tokens_details.image_tokens > 0
-    assert reply.usage.completion_tokens <= 6
+    read, made = reply.usage.prompt_tokens_details, reply.usage.completion_tokens_details
+    assert min(read.image_tokens, read.audio_tokens, read.text_tokens) > 0
+    media = read.image_tokens + read.audio_tokens
+    assert read.text_tokens + media == reply.usage.prompt_tokens
+    assert made.text_tokens == reply.usage.completion_tokens <= 6
 
 
 def test_videos_and_sounds_are_data_urls(client):
@@ -151,6 +154,9 @@ def test_speech_comes_with_its_transcript(client, omni):
     pcm, rate = spoken(message.audio.data)
     assert rate == 24000
     assert (pcm == said.audio.pcm).all()
+    made = reply.usage.completion_tokens_details
+    assert (made.text_tokens > 0, made.audio_tokens) == (True, said.usage.speech_tokens)
+    assert made.text_tokens + made.audio_tokens == said.usage.generated_tokens
     turns = [*HELLO, {"role": "assistant", "audio": {"id": message.audio.id}}, *HELLO]
     again = client.chat.completions.create(messages=turns, **SHORT).choices[0].message.content
     turns[1] = {"role": "assistant", "content": said.text}

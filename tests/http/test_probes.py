@@ -9,6 +9,7 @@ import time
 import pytest
 import requests
 from fastapi import FastAPI
+from fastapi.middleware.gzip import GZipMiddleware
 
 from mstar import Engine
 from mstar.http import create_app
@@ -147,6 +148,23 @@ def test_the_app_can_be_mounted_in_another(every):  # noqa: F811
             assert site.post("/ai/generate", data={"text": "x"}, headers=key).status_code == 200
             missing = site.get("/ai/v1/models/none", headers=key)
             assert missing.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_middleware_of_the_caller_sees_streams_whole(every, within):  # noqa: F811
+    outer, headers = FastAPI(), {"origin": "https://a.example"}
+    with Engine(every) as engine:
+        app = create_app(engine, cors_origins=["https://a.example"])
+        (app if within else outer).add_middleware(GZipMiddleware, minimum_size=1)
+        outer.mount("/ai", app)
+        with serving(engine, outer) as site:
+            reply = site.post("/ai/generate", data={"text": "x"}, headers=headers)
+    assert reply.headers["content-encoding"] == "gzip"
+    assert reply.headers["access-control-allow-origin"] == "https://a.example"
+    assert reply.headers["x-request-id"].startswith("req-")
+    *lines, last = map(json.loads, reply.text.splitlines())
+    assert len(lines) == 3
+    assert last["metadata"]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("path", ["/health", "/generate", "/v1/audio/speech", "/v1/models"])

@@ -7,10 +7,13 @@ import struct
 import zlib
 
 import pytest
+import torch
 from PIL import Image
 
 from mstar.errors import InvalidRequest, RequestFailed
 from mstar.io.image import Picture, read_picture, transcode
+from mstar.io.rgb import rgb_of
+from mstar.io.video import open_video
 
 
 def file(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -103,3 +106,10 @@ def test_what_is_transparent_becomes_white_in_jpeg_and_stays_in_webp():
 def test_a_broken_png_of_a_model_is_its_failure(data, format):
     with pytest.raises(RequestFailed, match="no readable image"):
         transcode(data, format)
+
+
+@pytest.mark.parametrize("read", [rgb_of, open_video])
+@pytest.mark.parametrize("make", [torch.Tensor.bfloat16, torch.Tensor.to_sparse])
+def test_tensors_that_numpy_does_not_know_are_refused(read, make):
+    with pytest.raises(ValueError, match="must be dense and uint8, not "):
+        read(make(torch.ones(1, 8, 8, 3)))

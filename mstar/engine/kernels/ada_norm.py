@@ -9,10 +9,10 @@ section 3.2.) All of it is float32; only the results are rounded, `total` before
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, use_triton
+from mstar.engine.kernels.rms_norm import unit_rms
 
 __all__ = ["ada_norm", "ada_norm_torch", "ada_norm_triton"]
 
@@ -50,7 +50,7 @@ def ada_norm_torch(
 ) -> tuple[Tensor, Tensor]:
     """`ada_norm` in plain torch."""
     total = x if added is None else torch.addcmul(x.float(), gate, added.float()).to(x.dtype)
-    normed = F.rms_norm(total.float(), x.shape[-1:], eps=eps)
+    normed = unit_rms(total.float(), eps)
     return torch.addcmul(shift, normed, scale).to(x.dtype), total
 
 

@@ -22,11 +22,12 @@ __all__ = ["Activation", "codec_conv", "codec_conv_torch", "codec_conv_triton", 
 Activation = tuple[Tensor, Tensor]  # alpha and 1 / beta of `snake`, each [channels]
 
 _NAME = "codec_conv"
-_VARYING = ("steps", "span", "first", "step", "x_batch_stride", "x_channel_stride")
+_VARYING = ("x", "steps", "span", "first", "step", "x_batch_stride", "x_channel_stride")
+# Larger ones do not fit into the registers of sm_80 and sm_90 (as ptxas says).
 _TILES = [
-    {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-    {"BLOCK_N": 128, "BLOCK_M": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
-    {"BLOCK_N": 32, "BLOCK_M": 128, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    {"BLOCK_N": 64, "BLOCK_M": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+    {"BLOCK_N": 32, "BLOCK_M": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
 ]
 

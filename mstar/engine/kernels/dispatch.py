@@ -25,7 +25,8 @@ def jit(function: Callable | None = None, *, varying: Sequence[str] = ()) -> Cal
     """``triton.jit``, or the function itself where Triton is not installed.
 
     Args:
-        varying: integers that are other ones at every launch: nothing is compiled for some of them.
+        varying: integers that are other ones at every launch, and tensors that may begin anywhere:
+            nothing is compiled for some of them.
     """
     if function is None:
         return partial(jit, varying=varying)

@@ -65,7 +65,7 @@ def expert_blocks_triton(experts: Tensor, count: int, size: int) -> tuple[Tensor
             COUNT=count,
             SIZE=size,
             BINS=next_power_of_2(count + 1),
-            CHUNK=min(_CHUNK, max(16, next_power_of_2(items))),
+            CHUNK=_CHUNK,
             num_warps=4,
         )
     return rows, owner

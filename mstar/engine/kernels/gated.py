@@ -28,7 +28,8 @@ def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
 
 def gated_torch(gate_up: Tensor, activation: str) -> Tensor:
     """Either activation (``"silu"`` or ``"gelu_tanh"``) in plain torch."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    half = gate_up.shape[-1] // 2
+    gate, up = gate_up.split_with_sizes((half, half), -1)
     active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     return active.mul_(up)
 

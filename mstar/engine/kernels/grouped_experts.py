@@ -33,6 +33,10 @@ _MANY = (
     Choice(BLOCK_N=128, BLOCK_K=32, num_warps=8, num_stages=4),
     Choice(BLOCK_N=128, BLOCK_K=64, num_warps=8, num_stages=4),
 )
+_SINGLE = (  # float32 takes registers, not matrix units
+    Choice(BLOCK_N=64, BLOCK_K=32, num_warps=4, num_stages=2),
+    Choice(BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=2),
+)
 _GATE_UP, _DOWN = "grouped_gate_up", "grouped_down"
 _ALONE = 4  # up to so many tokens, two that chose the same expert are too rare to look for
 
@@ -70,43 +74,46 @@ def grouped_experts_triton(
     if not tokens:
         return torch.zeros_like(x)
     x, experts = x.contiguous(), experts.contiguous()
-    gate_up_scales, down_scales = matrix_scales
     items = tokens * top_k
     alone = tokens <= _ALONE
     size = 16 if alone else block_rows(items, count)
+    choices = _FEW if size <= 32 else _MANY
     if x.element_size() == 4:
-        size = min(size, 32)  # products in float32 take registers, not matrix units
+        size, choices = min(size, 32), _SINGLE
     if alone:
         rows = owner = experts
         blocks = items
     else:
         rows, owner = expert_blocks_triton(experts.view(-1), count, size)
         blocks = block_count(items, count, size)
-    choices = _FEW if size <= 32 else _MANY
-    given = {"COUNT": count, "BLOCK_M": size, "ALONE": alone}
-
-    def gated(choice: Choice) -> Tensor:
-        out = x.new_empty(items, inner)
-        _gate_up_kernel[(triton.cdiv(inner, choice["BLOCK_N"]), blocks)](
-            *(x, gate_up, gate_up_scales, rows, owner, out, items),
-            **{"TOP_K": top_k, "K": hidden, "N": inner, **given, **choice},
-        )
-        return out
-
-    def weighted(choice: Choice) -> Tensor:
-        out = x.new_empty(items, hidden)
-        _down_kernel[(triton.cdiv(hidden, choice["BLOCK_N"]), blocks)](
-            *(active, down, down_scales, rows, owner, scales, out, items),
-            **{"K": inner, "N": hidden, **given, **choice},
-        )
-        return out
-
     shape = f"{x.dtype} {count}x{inner}x{hidden} of {size}"
     if gate_up.dtype != x.dtype:
         shape += f", {gate_up.dtype}"
-    active = gated(best(_GATE_UP, shape, choices, gated, x.device))
-    scales = weights.float().contiguous()
-    out = weighted(best(_DOWN, shape, choices, weighted, x.device))
+
+    def product(
+        name: str, x: Tensor, matrices: Tensor, width: int, scales: Tensor | None
+    ) -> Tensor:
+        gated = scales is None
+
+        def run(choice: Choice) -> Tensor:
+            out = x.new_empty(items, width)
+            _grouped_kernel[(triton.cdiv(width, choice["BLOCK_N"]), blocks)](
+                *(x, matrices, matrix_scales[not gated], rows, owner, scales, out, items),
+                TOP_K=top_k if gated else 1,
+                K=matrices.shape[2],
+                N=width,
+                COUNT=count,
+                BLOCK_M=size,
+                ALONE=alone,
+                GATED=gated,
+                **choice,
+            )
+            return out
+
+        return run(best(name, shape, choices, run, x.device))
+
+    active = product(_GATE_UP, x, gate_up, inner, None)
+    out = product(_DOWN, active, down, hidden, weights.float().contiguous())
     return out.view(tokens, top_k, hidden).sum(1)
 
 
@@ -123,12 +130,13 @@ def _items(rows, items, BLOCK_M: tl.constexpr, ALONE: tl.constexpr):
 
 
 @jit(varying=("items",))
-def _gate_up_kernel(
-    x,  # [tokens, K], contiguous, as is everything
-    gate_up,  # [COUNT, 2 * N, K]
-    gate_up_scales,  # [COUNT, 2 * N] float32, or None
+def _grouped_kernel(
+    x,  # [items / TOP_K, K], contiguous, as is everything
+    matrices,  # [COUNT, N, K]; where GATED [COUNT, 2 * N, K]
+    matrix_scales,  # of their rows, float32, or None
     rows,  # see `expert_blocks`; not read where ALONE
     owner,
+    scales,  # [items] float32; not read where GATED
     out,  # [items, N]
     items,
     TOP_K: tl.constexpr,
@@ -139,8 +147,10 @@ def _gate_up_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALONE: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """One program: BLOCK_N columns of gate and of up, and their product, for one block."""
+    """One program: BLOCK_N columns of one block, times the weights of its items; where GATED, of
+    gate and of up, and their product."""
     expert = tl.load(owner + tl.program_id(1)).to(tl.int64)
     if expert >= COUNT:
         return
@@ -148,70 +158,32 @@ def _gate_up_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_item, is_column = item < items, column < N
     k = tl.arange(0, BLOCK_K)
+    height: tl.constexpr = 2 * N if GATED else N
     source = x + (item // TOP_K)[:, None] * K + k[None, :]
-    matrix = gate_up + expert * (2 * N * K) + column[None, :] * K + k[:, None]
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    matrix = matrices + expert * (height * K) + column[None, :] * K + k[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         inside = start + k < K
         mask = inside[:, None] & is_column[None, :]
         value = tl.load(source + start, mask=is_item[:, None] & inside[None, :], other=0.0)
         own = widened(tl.load(matrix + start, mask=mask, other=0.0), x.dtype.element_ty)
-        gate = tl.dot(value, own, gate, input_precision="ieee")
-        own = tl.load(matrix + N * K + start, mask=mask, other=0.0)
-        own = widened(own, x.dtype.element_ty)
-        up = tl.dot(value, own, up, input_precision="ieee")
-    if gate_up_scales is not None:
-        scale = gate_up_scales + expert * (2 * N) + column
-        gate *= tl.load(scale, mask=is_column, other=0.0)[None, :]
-        up *= tl.load(scale + N, mask=is_column, other=0.0)[None, :]
+        total = tl.dot(value, own, total, input_precision="ieee")
+        if GATED:
+            own = tl.load(matrix + N * K + start, mask=mask, other=0.0)
+            own = widened(own, x.dtype.element_ty)
+            up = tl.dot(value, own, up, input_precision="ieee")
+    if matrix_scales is not None:
+        scale = matrix_scales + expert * height + column
+        total *= tl.load(scale, mask=is_column, other=0.0)[None, :]
+        if GATED:
+            up *= tl.load(scale + N, mask=is_column, other=0.0)[None, :]
     dtype = out.dtype.element_ty
-    gate = gate.to(dtype).to(tl.float32)  # rounded as separate operations do
-    active = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
-    result = active * up.to(dtype).to(tl.float32)
+    if GATED:
+        gate = total.to(dtype).to(tl.float32)  # rounded as separate operations do
+        active = (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32)
+        result = active * up.to(dtype).to(tl.float32)
+    else:
+        result = total * tl.load(scales + item, mask=is_item, other=0.0)[:, None]
     target = out + item[:, None] * N + column[None, :]
     tl.store(target, result.to(dtype), mask=is_item[:, None] & is_column[None, :])
-
-
-@jit(varying=("items",))
-def _down_kernel(
-    x,  # [items, K], contiguous, as is everything
-    down,  # [COUNT, N, K]
-    down_scales,  # [COUNT, N] float32, or None
-    rows,  # see `expert_blocks`; not read where ALONE
-    owner,
-    scales,  # [items] float32
-    out,  # [items, N]
-    items,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    COUNT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ALONE: tl.constexpr,
-):
-    """One program: BLOCK_N columns of one block, times the weights of its items."""
-    expert = tl.load(owner + tl.program_id(1)).to(tl.int64)
-    if expert >= COUNT:
-        return
-    item = _items(rows, items, BLOCK_M, ALONE)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_item, is_column = item < items, column < N
-    k = tl.arange(0, BLOCK_K)
-    source = x + item[:, None] * K + k[None, :]
-    matrix = down + expert * (N * K) + column[None, :] * K + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inside = start + k < K
-        value = tl.load(source + start, mask=is_item[:, None] & inside[None, :], other=0.0)
-        own = tl.load(matrix + start, mask=inside[:, None] & is_column[None, :], other=0.0)
-        own = widened(own, x.dtype.element_ty)
-        acc = tl.dot(value, own, acc, input_precision="ieee")
-    if down_scales is not None:
-        own_scale = tl.load(down_scales + expert * N + column, mask=is_column, other=0.0)
-        acc *= own_scale[None, :]
-    scale = tl.load(scales + item, mask=is_item, other=0.0)
-    target = out + item[:, None] * N + column[None, :]
-    result = (acc * scale[:, None]).to(out.dtype.element_ty)
-    tl.store(target, result, mask=is_item[:, None] & is_column[None, :])

@@ -5,8 +5,7 @@ A program reads a strip of the weight's rows once, for all rows of x, and adds u
 two rows by multiplying and adding lane by lane, more of them by matrix units, padded to 16. The
 torch reference is `torch.nn.functional.linear`.
 
-It runs where it was measured to be faster than the library (see `matvec_choice`); nothing was yet,
-so it is off until `benchmarks/gpu.py --tune` has run on a GPU.
+It runs where it was measured to be faster than the library, see `matvec_choice`.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton
-from mstar.engine.kernels.tuning import Choice, measured
+from mstar.engine.kernels.tuning import Choice, best
 
 __all__ = [
     "MATVEC",
@@ -30,6 +30,7 @@ __all__ = [
 
 MATVEC = "matvec"
 MOST_ROWS = 8
+_ROWS = (1, 2, 4, 8)  # what is measured: decode steps come in such batches
 _BY_LANE = 2  # rows; the sums of more do not fit into registers
 _LANES = (
     Choice(BLOCK_N=8, BLOCK_K=512, num_warps=4),
@@ -55,15 +56,19 @@ def matvec_choices(rows: int) -> Sequence[Choice]:
 
 
 def matvec_choice(x: Tensor, weight: Tensor) -> Choice | None:
-    """The tile with which this product was measured to be faster than the library's; None if it was
-    not, or not measured."""
+    """The tile with which this product is faster than the library's, as measured; None if none is,
+    or it was not measured."""
     rows = x.numel() // weight.shape[1]
-    if triton is None or not 0 < rows <= MOST_ROWS or weight.dtype == torch.float32:
+    if triton is None or rows not in _ROWS or weight.dtype == torch.float32:
         return None
     if not weight.is_contiguous():
         return None
-    found = measured(MATVEC, matvec_shape(rows, weight), weight.device)
-    return found if found in matvec_choices(rows) else None
+
+    def run(choice: Choice) -> Tensor:
+        return matvec_triton(x, weight, None, choice) if choice else F.linear(x, weight)
+
+    choices = ({}, *matvec_choices(rows))  # the first is the library
+    return best(MATVEC, matvec_shape(rows, weight), choices, run, weight.device) or None
 
 
 def matvec_triton(x: Tensor, weight: Tensor, bias: Tensor | None, choice: Choice) -> Tensor:

@@ -18,14 +18,15 @@ import math
 import torch
 from torch import Tensor
 
-from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton
+from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl
 from mstar.engine.kernels.paged_batch import BatchTensors
-from mstar.engine.kernels.paged_tiles import DECODE, is_wide, tiles
-from mstar.engine.kernels.tuning import Choice, chosen
+from mstar.engine.kernels.paged_tiles import DECODE, block_keys, tile_for
+from mstar.engine.kernels.tuning import Choice
 
 __all__ = ["paged_decode_triton"]
 
 _MIN_CHUNK = 256  # tokens; shorter chunks cost more in combining than they win
+_FEWEST, _MOST = 8, 64  # chunks of a sequence
 
 
 def paged_decode_triton(
@@ -44,19 +45,17 @@ def paged_decode_triton(
     """
     _, heads, dim = q.shape
     _, page_size, kv_heads, _ = k_pages.shape
-    sequences, max_pages = batch.block_table.shape
+    sequences = len(batch.block_table)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if not sequences:
         return out
-    # Enough splits that one sequence alone fills a large GPU; a property of the model.
-    limit = min(64, max(8, next_power_of_2(128 // kv_heads or 1)))
-    splits = min(limit, triton.cdiv(max_pages * page_size, min_chunk))
-    partial = out
+    # Enough splits that one sequence alone fills a large GPU; a property of the model, for another
+    # kernel is compiled for every number.
+    splits = min(_MOST, max(_FEWEST, next_power_of_2(128 // kv_heads or 1)))
     log_sums = torch.empty(sequences, heads, splits, dtype=torch.float32, device=q.device)
-    if splits > 1:
-        partial = torch.empty(*log_sums.shape, dim, dtype=torch.float32, device=q.device)
+    partial = torch.empty(*log_sums.shape, dim, dtype=torch.float32, device=q.device)
     block_d = max(16, next_power_of_2(dim))
-    tile = tile or chosen(DECODE, *tiles(DECODE, q, k_pages), q.device)
+    tile = tile or tile_for(DECODE, q, k_pages, v_pages, paged_decode_triton)
     _decode_kernel[(sequences, kv_heads, splits)](
         q,
         k_pages,
@@ -70,44 +69,37 @@ def paged_decode_triton(
         *q.stride()[:2],
         *k_pages.stride()[:3],
         *v_pages.stride()[:3],
-        *out.stride()[:2],
         batch.block_table.stride(0),
-        KV_HEADS=kv_heads,
         GROUP=heads // kv_heads,
         DIM=dim,
         PAGE_SIZE=page_size,
-        SPLITS=splits,
-        LIMIT=limit,
         MIN_CHUNK=min_chunk,
         BLOCK_G=max(16, next_power_of_2(heads // kv_heads)),
-        BLOCK_N=32 if is_wide(q) else 64,
+        BLOCK_N=block_keys(q),
         BLOCK_D=block_d,
         **tile,
     )
-    if splits > 1:
-        _combine_kernel[(sequences, heads)](
-            partial,
-            log_sums,
-            out,
-            batch.query_start,
-            *out.stride()[:2],
-            HEADS=heads,
-            DIM=dim,
-            SPLITS=splits,
-            BLOCK_S=next_power_of_2(splits),
-            BLOCK_D=block_d,
-            num_warps=4,
-        )
+    _combine_kernel[(sequences, heads)](
+        partial,
+        log_sums,
+        out,
+        batch.query_start,
+        *out.stride()[:2],
+        DIM=dim,
+        SPLITS=splits,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
     return out
 
 
-@jit
+@jit(varying=("table_stride",))
 def _decode_kernel(
     q,  # [tokens, heads, DIM]
     k_pages,  # [pages, PAGE_SIZE, KV_HEADS, DIM]
     v_pages,
-    partial,  # [sequences, heads, SPLITS, DIM] float32; with one split the output itself
-    log_sums,  # [sequences, heads, SPLITS] float32, base 2
+    partial,  # [sequences, heads, splits, DIM] float32
+    log_sums,  # [sequences, heads, splits] float32, base 2; -inf: unused split
     query_start,
     kv_lens,
     block_table,
@@ -120,15 +112,10 @@ def _decode_kernel(
     v_page_stride,
     v_slot_stride,
     v_head_stride,
-    out_token_stride,
-    out_head_stride,
     table_stride,
-    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LIMIT: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -137,19 +124,23 @@ def _decode_kernel(
     """One program: one kv head over one chunk of one sequence."""
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
+    split, splits = tl.program_id(2), tl.num_programs(2)
     token = tl.load(query_start + sequence).to(tl.int64)
     if tl.load(query_start + sequence + 1) != token + 1:
         return
     kv_len = tl.load(kv_lens + sequence)
-    chunk = tl.maximum(MIN_CHUNK, tl.cdiv(tl.cdiv(kv_len, LIMIT), BLOCK_N) * BLOCK_N)
+    chunk = tl.maximum(MIN_CHUNK, tl.cdiv(tl.cdiv(kv_len, splits), BLOCK_N) * BLOCK_N)
     begin = split * chunk
     end = tl.minimum(begin + chunk, kv_len)
 
     member = tl.arange(0, BLOCK_G)
     head = kv_head * GROUP + member
-    column = tl.arange(0, BLOCK_D)
     is_head = member < GROUP
+    row = (sequence * tl.num_programs(1) * GROUP + head) * splits + split
+    if begin >= kv_len:
+        tl.store(log_sums + row, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=is_head)
+        return
+    column = tl.arange(0, BLOCK_D)
     inside = column < DIM
     row_mask = is_head[:, None] & inside[None, :]
     source = q + token * q_token_stride + head[:, None] * q_head_stride + column[None, :]
@@ -179,32 +170,21 @@ def _decode_kernel(
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
         peak = new_peak
 
-    if SPLITS == 1:
-        target = partial + token * out_token_stride + head[:, None] * out_head_stride
-        result = (acc / total[:, None]).to(partial.dtype.element_ty)
-        tl.store(target + column[None, :], result, mask=row_mask)
-    else:
-        row = (sequence * KV_HEADS * GROUP + head) * SPLITS + split
-        if begin < kv_len:
-            tl.store(log_sums + row, peak + tl.log2(total), mask=is_head)
-            target = partial + row[:, None] * DIM + column[None, :]
-            tl.store(target, acc / total[:, None], mask=row_mask)
-        else:
-            tl.store(log_sums + row, peak, mask=is_head)  # -inf
+    tl.store(log_sums + row, peak + tl.log2(total), mask=is_head)
+    target = partial + row[:, None] * DIM + column[None, :]
+    tl.store(target, acc / total[:, None], mask=row_mask)
 
 
 @jit
 def _combine_kernel(
-    partial,  # [sequences, HEADS, SPLITS, DIM] float32
-    log_sums,  # [sequences, HEADS, SPLITS] float32, base 2; -inf: unused split
-    out,  # [tokens, HEADS, DIM]
+    partial,  # [sequences, heads, SPLITS, DIM] float32
+    log_sums,  # [sequences, heads, SPLITS] float32, base 2; -inf: unused split
+    out,  # [tokens, heads, DIM]
     query_start,
     out_token_stride,
     out_head_stride,
-    HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """One program: one query head of one sequence."""
@@ -213,10 +193,9 @@ def _combine_kernel(
     token = tl.load(query_start + sequence).to(tl.int64)
     if tl.load(query_start + sequence + 1) != token + 1:
         return
-    split = tl.arange(0, BLOCK_S)
     column = tl.arange(0, BLOCK_D)
-    row = (sequence * HEADS + head) * SPLITS + split
-    log_sum = tl.load(log_sums + row, mask=split < SPLITS, other=float("-inf"))
+    row = (sequence * tl.num_programs(1) + head) * SPLITS + tl.arange(0, SPLITS)
+    log_sum = tl.load(log_sums + row)
     weight = tl.exp2(log_sum - tl.max(log_sum, axis=0))
     mask = (weight > 0)[:, None] & (column < DIM)[None, :]
     part = tl.load(partial + row[:, None] * DIM + column[None, :], mask=mask, other=0.0)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton
 from mstar.engine.kernels.paged_batch import BatchTensors
-from mstar.engine.kernels.paged_tiles import EXTEND, is_wide, tiles
-from mstar.engine.kernels.tuning import Choice, chosen
+from mstar.engine.kernels.paged_tiles import EXTEND, block_keys, tile_for
+from mstar.engine.kernels.tuning import Choice
 
 __all__ = ["paged_extend_triton"]
 
@@ -38,7 +38,7 @@ def paged_extend_triton(
     _, page_size, kv_heads, _ = k_pages.shape
     group = heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-    tile = tile or chosen(EXTEND, *tiles(EXTEND, q, k_pages), q.device)
+    tile = tile or tile_for(EXTEND, q, k_pages, v_pages, paged_extend_triton)
     blocks = triton.cdiv(batch.max_query_len * group, tile["BLOCK_M"])
     sequences = len(batch.kv_len)
     if not blocks or not sequences:
@@ -61,14 +61,14 @@ def paged_extend_triton(
         GROUP=group,
         DIM=dim,
         PAGE_SIZE=page_size,
-        BLOCK_N=32 if is_wide(q) else 64,
+        BLOCK_N=block_keys(q),
         BLOCK_D=max(16, next_power_of_2(dim)),
         **tile,
     )
     return out
 
 
-@jit
+@jit(varying=("table_stride",))
 def _extend_kernel(
     q,  # [tokens, heads, DIM]
     k_pages,  # [pages, PAGE_SIZE, kv_heads, DIM]

@@ -1,17 +1,23 @@
 """Tiles of the attention kernels.
 
 The choice is one of a model on a GPU, never of a batch, so that a sequence's result does not depend
-on what else is in its batch. The first of each is what runs where nothing was measured.
+on what else is in its batch. So it is measured with a batch of its own. The first of each fits
+every GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
+import torch
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import next_power_of_2
-from mstar.engine.kernels.tuning import Choice
+from mstar.engine.kernels.paged_batch import BatchTensors
+from mstar.engine.kernels.tuning import Choice, best
 
-__all__ = ["DECODE", "EXTEND", "is_wide", "tiles"]
+__all__ = ["DECODE", "EXTEND", "block_keys", "tile_for", "tiles"]
 
 DECODE, EXTEND = "paged_decode", "paged_extend"
 # Keys are read where the block table says, after it was read: it takes two more stages to have one
@@ -37,16 +43,52 @@ _WIDE = {
         Choice(num_warps=4, num_stages=5),
     ),
     EXTEND: (
+        Choice(BLOCK_M=32, num_warps=8, num_stages=1),  # float32 takes registers, not matrix units
         Choice(BLOCK_M=64, num_warps=8, num_stages=2),
-        Choice(BLOCK_M=64, num_warps=4, num_stages=2),
         Choice(BLOCK_M=128, num_warps=8, num_stages=2),
     ),
 }
 
 
-def is_wide(q: Tensor) -> bool:
-    """Whether rows have more than 256 bytes: smaller tiles, more registers."""
-    return max(16, next_power_of_2(q.shape[2])) * q.element_size() > 256
+# What is measured: sequences, new tokens of each, and keys, as far as the pool has them.
+_MEASURED = {DECODE: (16, 1, 2048), EXTEND: (1, 1024, 1024)}
+
+
+def tile_for(
+    kernel: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, launch: Callable[..., Tensor]
+) -> Choice:
+    """The fastest tile, as measured; the pool is only read."""
+    sample = cache(lambda: _sample(kernel, q, k_pages))  # made when it is needed, and once
+
+    def run(choice: Choice) -> Tensor:
+        rows, batch = sample()
+        return launch(rows, k_pages, v_pages, batch, 1.0, tile=choice)
+
+    return best(kernel, *tiles(kernel, q, k_pages), run, q.device)
+
+
+def _sample(kernel: str, q: Tensor, k_pages: Tensor) -> tuple[Tensor, BatchTensors]:
+    """Queries and a batch whose pages are scattered over a pool."""
+    count, new, keys = _MEASURED[kernel]
+    pages, size = k_pages.shape[:2]
+    width = max(1, min(keys // size, pages))
+    new = min(new, width * size)
+    ints = {"dtype": torch.int32, "device": q.device}
+    table = torch.arange(count * width, **ints) * 97 % pages
+    batch = BatchTensors(
+        query_start=torch.arange(count + 1, **ints) * new,
+        kv_len=torch.full((count,), width * size, **ints),
+        block_table=table.view(count, width),
+        causal=torch.ones(count, **ints),
+        max_query_len=new,
+        page_size=size,
+    )
+    return q.new_zeros(count * new, *q.shape[1:]), batch
+
+
+def block_keys(q: Tensor) -> int:
+    """Keys of a block: 64 of up to 256 bytes, fewer of wider ones."""
+    return max(16, min(64, (1 << 14) // (next_power_of_2(q.shape[2]) * q.element_size())))
 
 
 def tiles(kernel: str, q: Tensor, k_pages: Tensor) -> tuple[str, tuple[Choice, ...]]:
@@ -60,4 +102,4 @@ def tiles(kernel: str, q: Tensor, k_pages: Tensor) -> tuple[str, tuple[Choice, .
     _, heads, dim = q.shape
     _, page_size, kv_heads, _ = k_pages.shape
     shape = f"{q.dtype} {heads // kv_heads} heads of {dim}, pages of {page_size}"
-    return shape, (_WIDE if is_wide(q) else _NARROW)[kernel]
+    return shape, (_NARROW if block_keys(q) == 64 else _WIDE)[kernel]

@@ -117,7 +117,9 @@ def resized_on(
     It has a stream of its own, so that it neither waits for what runs there nor holds it up.
     """
     with torch.cuda.stream(_stream(device)):
-        x = torch.from_numpy(np.ascontiguousarray(image)).to(device)
+        host = torch.empty(image.shape, dtype=torch.uint8, pin_memory=True)
+        host.numpy()[...] = image
+        x = host.to(device, non_blocking=True)
         return resize(x, size, filter, rounding).cpu().numpy()
 
 

@@ -109,7 +109,8 @@ def rotary_store_torch(
     turning = num_heads + num_kv_heads
     every = qkv.view(tokens, turning + num_kv_heads, dim)
     heads, values = every.split_with_sizes((turning, num_kv_heads), 1)
-    heads = heads.float()
+    if heads.dtype != torch.float32:
+        heads = heads.float()
     if norms is not None:
         heads = unit_rms(heads, norms.eps).mul_(norms.rows(num_heads, num_kv_heads))
     pairs = heads.view(tokens, turning, 2, dim // 2)
@@ -189,14 +190,14 @@ def rotary_store_triton(
     return out
 
 
-@jit
+@jit(varying=("slots",))
 def _rotary_store_kernel(
     qkv,  # [tokens, (HEADS + 2 * KV_HEADS) * 2 * HALF]
     cos,  # [tokens, HALF]
     sin,  # [tokens, HALF]
     k_pages,  # [pages, PAGE_SIZE, KV_HEADS, 2 * HALF]
     v_pages,
-    slots,  # [tokens], -1: store nothing
+    slots,  # [tokens], -1: store nothing; may be a part that begins anywhere
     out,  # [tokens, HEADS, 2 * HALF], contiguous
     query_norm,  # [2 * HALF], read where NORMED
     key_norm,

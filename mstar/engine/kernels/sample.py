@@ -77,8 +77,8 @@ def _survivors(logits: np.ndarray, top: float, params: SamplingParams) -> tuple:
     The weights are relative to the most likely token's. Some may be 0. Both arrays are
     scratch: they hold until the next call in this thread.
     """
-    if params.top_p < 1.0 and not params.top_k:
-        found = _small_nucleus(logits, top, params)
+    if params.top_p < 1.0 or params.top_k:
+        found = _few(logits, top, params)
         if found is not None:
             return found
     likely = logits >= max(top - _NEGLIGIBLE * params.temperature, _LOWEST)
@@ -112,29 +112,44 @@ def _survivors(logits: np.ndarray, top: float, params: SamplingParams) -> tuple:
     return ids, weights
 
 
-def _small_nucleus(logits: np.ndarray, top: float, params: SamplingParams) -> tuple | None:
-    """The survivors of top-p and min-p where few tokens are near the top, in one cheap pass.
+def _few(logits: np.ndarray, top: float, params: SamplingParams) -> tuple | None:
+    """The survivors where top-k or top-p leaves few: those near the top, in their order.
 
-    The mass of the tokens that are far below it is not summed but bounded; None if it matters.
+    Without top-k, the mass of the tokens that are far below it is not summed but bounded. None if
+    it matters, or if too many are near.
     """
-    near = np.flatnonzero(logits >= max(top - _FAR * params.temperature, _LOWEST))
+    top_k, temperature, top_p = params.top_k, params.temperature, params.top_p
+    if top_k > _SORTABLE:
+        return None
+    is_near = logits >= max(top - (_NEGLIGIBLE if top_k else _FAR) * temperature, _LOWEST)
+    if 0 < top_k < len(logits) and np.count_nonzero(is_near) > len(logits) // 4:
+        values = logits  # to gather most of them would cost more than to look at the others
+    else:
+        near = is_near.nonzero()[0]
+        values = logits[near]
+    if 0 < top_k < len(values):
+        least = np.partition(values, len(values) - top_k)[len(values) - top_k]
+        kept = (values >= least).nonzero()[0]
+        near, values = kept if values is logits else near[kept], values[kept]
     if len(near) > _SORTABLE:
         return None
-    values = logits[near]
-    order = np.argsort(-values, kind="stable")
+    order = (-values).argsort(kind="stable")[: top_k or None]
+    ids, weights = near[order], values[order].astype(np.float64)
+    weights -= top
     with np.errstate(over="ignore"):
-        weights = np.exp((values[order].astype(np.float64) - top) / params.temperature)
-    mass = np.cumsum(weights)
-    most = mass[-1] + (len(logits) - len(near)) * math.exp(-_FAR)
-    least, count = np.searchsorted(mass - weights, (params.top_p * mass[-1], params.top_p * most))
-    if least != count or params.top_p * most > mass[-1]:
-        return None
-    count = max(int(count), 1)
+        weights /= temperature
+    np.exp(weights, out=weights)
+    count = len(ids)
+    if top_p < 1.0:
+        mass = weights.cumsum()
+        most = mass[-1] if top_k else mass[-1] + (len(logits) - len(near)) * math.exp(-_FAR)
+        before = mass - weights
+        count = max(int(before.searchsorted(top_p * mass[-1])), 1)
+        if top_p * most > mass[-1] or count != max(int(before.searchsorted(top_p * most)), 1):
+            return None
     if params.min_p > 0.0:
         count = int(np.count_nonzero(weights[:count] >= params.min_p))
-    kept = np.sort(order[:count])
-    back = np.argsort(order[:count], kind="stable")
-    return near[kept], weights[:count][back]
+    return ids[:count], weights[:count]
 
 
 def _race(ids: np.ndarray, weights: np.ndarray, key: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["block_table", "pack", "to_device"]
+__all__ = ["block_table", "pack", "send", "to_device", "to_host"]
 
 _NUMPY = {
     torch.int32: np.int32,
@@ -37,7 +37,7 @@ def to_device(
     Args:
         dtype: int32, int64, float32 or float64.
     """
-    return _send(torch.from_numpy(np.array(values, dtype=_NUMPY[dtype])), device)
+    return send(torch.from_numpy(np.array(values, dtype=_NUMPY[dtype])), device)
 
 
 def pack(
@@ -52,7 +52,7 @@ def pack(
     buffer = np.zeros(size, dtype=_NUMPY[dtype])
     for start, part in zip(starts, parts, strict=True):
         buffer[start : start + len(part)] = part
-    sent = _send(torch.from_numpy(buffer), device)
+    sent = send(torch.from_numpy(buffer), device)
     return [sent[s : s + len(part)] for s, part in zip(starts, parts, strict=True)]
 
 
@@ -65,7 +65,20 @@ def block_table(tables: Sequence[Sequence[int]]) -> np.ndarray:
     return rows
 
 
-def _send(host: Tensor, device: torch.device) -> Tensor:
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """On a GPU, a copy that is put on the current stream: it does not wait for what runs there."""
+    if device.type == "cpu":  # `to` would hand Python's lock over for nothing
+        return host
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(x: Tensor) -> Tensor:
+    """A copy that waits for the current stream alone, and for nothing else on the GPU."""
+    if not x.is_cuda:
+        return x
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    torch.cuda.current_stream(x.device).synchronize()
+    return host

@@ -1,10 +1,11 @@
 """Which tile sizes a kernel runs with, as data.
 
-What was measured is a table of (kernel, shape) -> choice, one JSON file per GPU. Those of known
-GPUs ship in `tuned/` beside this file. What is not in them is measured by `benchmarks/gpu.py
---tune`, or, where any call is as good as another to measure with, when it is first needed outside
-of a graph's capture; it is kept in the user's cache folder (`$XDG_CACHE_HOME/mstar/tuned`). A file
-that cannot be read or written only costs the time to measure again.
+What was measured is a table of (kernel, shape) -> choice, one JSON file per GPU. Those that ship
+are `tuned/<gpu>.json` beside this file: none yet, for no GPU was measured. What is not in them is
+measured when it is first needed outside of a graph's capture, or more thoroughly by
+`benchmarks/gpu.py --tune`, and kept in the user's cache folder, as
+`$XDG_CACHE_HOME/mstar/tuned/<gpu>-triton-<version>.json`, from where it can be shipped as it is. A
+file that cannot be read or written only costs the time to measure again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,7 +24,7 @@ import torch
 
 from mstar.engine.kernels.dispatch import triton
 
-__all__ = ["Choice", "Table", "best", "chosen", "fastest", "measured", "table_of"]
+__all__ = ["Choice", "Table", "best", "fastest", "table_of"]
 
 Choice = dict[str, int]  # what a kernel is launched with: constants, num_warps, num_stages
 _SHIPPED = Path(__file__).with_name("tuned")
@@ -90,25 +92,13 @@ def best(
     if torch.cuda.is_current_stream_capturing():
         return choices[0]
     with _lock:
-        found = fastest(choices, run)
-        if found is None:
-            return choices[0]  # whose launch will say what is wrong
-        table.set(kernel, shape, found)
+        found = table.get(kernel, shape)  # another thread may have measured it by now
+        if found not in choices:
+            found = fastest(choices, run)
+            if found is None:
+                return choices[0]  # whose launch will say what is wrong
+            table.set(kernel, shape, found)
     return found
-
-
-def chosen(kernel: str, shape: str, choices: Sequence[Choice], device: torch.device) -> Choice:
-    """What was measured, the first if nothing was: for kernels whose time depends on what is in the
-    batch, so that only a benchmark can tell."""
-    if device.type != "cuda":
-        return choices[0]
-    found = measured(kernel, shape, device)
-    return found if found in choices else choices[0]
-
-
-def measured(kernel: str, shape: str, device: torch.device) -> Choice | None:
-    """What was measured for a shape; None if nothing was. Measures nothing."""
-    return table_of(device).get(kernel, shape)
 
 
 def fastest(
@@ -139,8 +129,10 @@ def _milliseconds(call: Callable[[], object]) -> float:
 @cache
 def _table(index: int) -> Table:
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name(index)).strip("-").lower()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    own = home / "mstar" / "tuned" / f"{name}-triton-{triton.__version__}.json"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):  # a user without a home: a container's, say
+        home = tempfile.gettempdir()
+    own = Path(home) / "mstar" / "tuned" / f"{name}-triton-{triton.__version__}.json"
     return Table(_SHIPPED / f"{name}.json", own)
 
 

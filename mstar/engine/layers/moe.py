@@ -12,8 +12,10 @@ with.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mstar.engine.kernels.dispatch import use_triton
@@ -21,12 +23,12 @@ from mstar.engine.kernels.gated import silu_mul
 from mstar.engine.kernels.grouped_experts import grouped_experts_triton, token_counts
 from mstar.engine.kernels.route import route
 from mstar.engine.layers.linear import linear
+from mstar.engine.layers.mlp import GatedMLP
 from mstar.engine.layers.quantized import Quantized
 from mstar.engine.weights import Source
 
 __all__ = [
     "MoE",
-    "experts_dense",
     "experts_grouped",
     "experts_loop",
     "route",
@@ -34,8 +36,8 @@ __all__ = [
     "warm_experts",
 ]
 
-# Elements of an expert, and products of all tokens with all experts: up to so many, to run every
-# expert costs less than a call for each one that is used.
+# Elements of an expert, and products of all tokens with all experts: up to so many on a CPU, to run
+# every expert costs less than a call for each one that is used.
 _SMALL, _FEW = 1 << 14, 1 << 21
 
 
@@ -69,7 +71,7 @@ class MoE(nn.Module):
         self.gate = nn.Linear(hidden, experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
         self.down = nn.Parameter(torch.empty(experts, hidden, inner))
-        self.shared_expert = _Shared(hidden, shared) if shared else None
+        self.shared_expert = GatedMLP(hidden, shared) if shared else None
         self.shared_expert_gate = nn.Linear(hidden, 1, bias=False) if shared else None
 
     def sources(self, name: str) -> Sequence[Source]:
@@ -87,6 +89,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[tokens, hidden]` to the same."""
+        if x.shape[0] <= self._most_together:
+            return self._together(x)
         weights, experts = route(linear(x, self.gate.weight), self.top_k, normalise=self.normalise)
         y = run_experts(x, weights, experts, self.gate_up, self.down)
         if self.shared_expert is None:
@@ -94,15 +98,51 @@ class MoE(nn.Module):
         share = linear(x, self.shared_expert_gate.weight).sigmoid()
         return torch.addcmul(y, share, self.shared_expert(x))
 
+    @cached_property
+    def _most_together(self) -> int:
+        """Tokens up to which `_together` is faster; -1 for none."""
+        if use_triton(self.gate.weight) or any(isinstance(m, Quantized) for m in self.modules()):
+            return -1
+        count, double, hidden = self.gate_up.shape
+        return _FEW // (count * double * hidden) if double * hidden <= _SMALL else -1
 
-class _Shared(nn.Module):
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
+    @cached_property
+    def _together(self) -> _Together:
+        return _Together(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(silu_mul(linear(x, self.gate_up_proj.weight)), self.down_proj.weight)
+
+class _Together:
+    """All of a small layer as one MLP: a token goes through every expert, of which those that are
+    not chosen count 0 times. So one whose products are infinite spoils every token."""
+
+    def __init__(self, layer: MoE) -> None:
+        experts, _, inner = layer.down.shape
+        shared = layer.shared_expert
+        router, downs = [layer.gate.weight], [layer.down.transpose(0, 1).flatten(1)]
+        gates, ups = ([part.flatten(0, 1)] for part in layer.gate_up.chunk(2, 1))
+        if shared is not None:
+            gate, up = shared.gate_up_proj.weight.chunk(2)
+            router.append(layer.shared_expert_gate.weight)
+            gates.append(gate)
+            ups.append(up)
+            downs.append(shared.down_proj.weight)
+        with torch.inference_mode(False), torch.no_grad():
+            self.inwards = torch.cat([*router, *gates, *ups])
+            self.outwards = torch.cat(downs, 1)
+        width = self.outwards.shape[1]
+        self.sizes = [*map(len, router), width, width]
+        self.shape, self.routed = (-1, experts, inner), experts * inner
+        self.top_k, self.normalise = layer.top_k, layer.normalise
+
+    def __call__(self, x: Tensor) -> Tensor:
+        scores, *share, gate, up = linear(x, self.inwards).split_with_sizes(self.sizes, -1)
+        active = F.silu(gate).mul_(up)
+        weights, chosen = route(scores, self.top_k, normalise=self.normalise)
+        shares = weights.new_zeros(scores.shape).scatter_(1, chosen, weights)
+        active[:, : self.routed].view(self.shape).mul_(shares.unsqueeze(-1))
+        if share:
+            active[:, self.routed :].mul_(share[0].sigmoid())
+        return linear(active, self.outwards)
 
 
 def run_experts(
@@ -128,11 +168,8 @@ def run_experts(
             return experts_grouped(x, weights, experts, gate_up, down)
         scales = gate_up.scales, down.scales
         return grouped_experts_triton(x, weights, experts, gate_up.values, down.values, scales)
-    if use_triton(x):
-        return grouped_experts_triton(x, weights, experts, gate_up, down)
-    count, double, hidden = gate_up.shape
-    few = double * hidden <= _SMALL and x.shape[0] * count * double * hidden <= _FEW
-    return (experts_dense if few else experts_grouped)(x, weights, experts, gate_up, down)
+    compute = grouped_experts_triton if use_triton(x) else experts_grouped
+    return compute(x, weights, experts, gate_up, down)
 
 
 def warm_experts(network: nn.Module, most_tokens: int) -> None:
@@ -179,17 +216,6 @@ def experts_grouped(
     back = torch.empty_like(own)
     back[order] = own
     return _weighted(back, weights)
-
-
-def experts_dense(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor
-) -> Tensor:
-    """`run_experts` with every expert for every token; those not chosen have weight 0."""
-    tokens, (count, double, _) = x.shape[0], gate_up.shape
-    inner = silu_mul(linear(x, gate_up.flatten(0, 1)).view(tokens, count, double))
-    shares = x.new_zeros(tokens, count).scatter_(1, experts, weights.to(x.dtype))
-    inner.mul_(shares.unsqueeze(-1))
-    return torch.bmm(inner.transpose(0, 1), down.transpose(1, 2)).sum(0)
 
 
 def _weighted(own: Tensor, weights: Tensor) -> Tensor:

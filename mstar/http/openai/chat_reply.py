@@ -48,8 +48,7 @@ def _written(
 ) -> bytes:
     made = [_choice(index, ask, events, transcripts) for index, events in enumerate(choices)]
     usages = [events[-1].usage or Usage() for events in choices]
-    usage = usage_of(usages, ask.modalities, heard=ask.heard)
-    return json.dumps(envelope.full(made, usage)).encode()
+    return json.dumps(envelope.full(made, usage_of(usages, ask.modalities))).encode()
 
 
 def _choice(

@@ -10,7 +10,7 @@ from mstar.errors import InvalidRequest
 from mstar.http.encoders import FORMATS, check_encoder
 from mstar.http.fields import deadline
 from mstar.http.front import Front
-from mstar.http.messages import kinds_in, read_messages
+from mstar.http.messages import read_messages
 from mstar.http.openai.chat_fields import PARAMETER_FIELDS, SHAPE, parameter_of, parameter_values
 from mstar.http.openai.common import flat, model_parameters, renamed, unsupported, voice_of
 from mstar.http.openai.models import check_model
@@ -38,7 +38,6 @@ class ChatAsk:
         arguments: of `Engine.submit`, once per choice; the same but for the seed.
         field_of: parameter of the model -> field of the request that sets it.
         modalities: what the reply may hold.
-        heard: whether there is sound in the prompt.
         audio_format: one of `encoders.FORMATS`, where it holds sound.
         logprobs: whether the tokens' probabilities are asked for.
         stream: whether the answer is a stream.
@@ -50,7 +49,6 @@ class ChatAsk:
     arguments: list[dict[str, Any]]
     field_of: dict[str, str]
     modalities: tuple[str, ...] = ("text",)
-    heard: bool = False
     audio_format: str | None = None
     logprobs: bool = False
     stream: bool = False
@@ -116,7 +114,6 @@ def chat_ask(
         arguments=[_seeded(arguments, seed, index) for index in range(shape["n"])],
         field_of=field_of,
         modalities=modalities,
-        heard=bool({"audio", "video"} & kinds_in(messages)),
         audio_format=format,
         logprobs=fields.get("logprobs", False),
         stream=stream,

@@ -68,26 +68,15 @@ def image_part(png: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}}
 
 
-def usage_of(
-    usages: Sequence[Usage], modalities: Sequence[str], *, heard: bool = False
-) -> dict[str, Any]:
+def usage_of(usages: Sequence[Usage], modalities: Sequence[str]) -> dict[str, Any]:
     """The usage of all choices together. They share one prompt, which counts once.
 
     What is known of the details is told, what is not is left out: some models do not count the
-    tokens of sound.
-
-    Args:
-        usages: of the choices.
-        modalities: what they may hold.
-        heard: whether there is sound in the prompt.
+    tokens of speech.
     """
     first = usages[0]
     made = sum(usage.generated_tokens for usage in usages)
     spoken = sum(usage.speech_tokens for usage in usages)
-    read = {"cached_tokens": first.cached_tokens, "image_tokens": first.image_tokens}
-    if first.audio_tokens or not heard:
-        read["audio_tokens"] = first.audio_tokens
-        read["text_tokens"] = first.prompt_tokens - first.image_tokens - first.audio_tokens
     details = {
         "reasoning_tokens": 0,
         "accepted_prediction_tokens": 0,
@@ -99,7 +88,12 @@ def usage_of(
         "prompt_tokens": first.prompt_tokens,
         "completion_tokens": made,
         "total_tokens": first.prompt_tokens + made,
-        "prompt_tokens_details": read,
+        "prompt_tokens_details": {
+            "cached_tokens": first.cached_tokens,
+            "text_tokens": first.prompt_tokens - first.image_tokens - first.audio_tokens,
+            "image_tokens": first.image_tokens,
+            "audio_tokens": first.audio_tokens,
+        },
         "completion_tokens_details": details,
     }
 

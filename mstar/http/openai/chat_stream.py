@@ -69,8 +69,7 @@ class _Usage:
 
     def total(self) -> dict[str, Any]:
         """As they are now."""
-        usages = [run.handle.usage for run in self._runs]
-        return usage_of(usages, self._ask.modalities, heard=self._ask.heard)
+        return usage_of([run.handle.usage for run in self._runs], self._ask.modalities)
 
     def so_far(self) -> dict[str, Any]:
         """The part of a chunk that tells them."""

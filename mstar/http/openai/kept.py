@@ -47,7 +47,9 @@ class Kept(Generic[T]):
             RequestFailed: it is larger than all that may be kept.
         """
         if len(value) > self._most_size:
-            raise RequestFailed("is too large to be kept here; ask for the data itself")
+            raise RequestFailed(
+                "what was made is too large to be kept; ask for it itself: response_format=b64_json"
+            )
         expires = int(self._clock() + self.seconds)
         with self._lock:
             self._kept[name] = expires, value

@@ -86,7 +86,7 @@ _IMAGE = [
         low=2,
         high=1000,
         aliases=("num_inference_steps",),
-        help="of the flow; one step fewer is taken",
+        help="points of the flow's time grid; one step fewer is taken",
     ),
     Parameter(
         "timestep_shift",
@@ -123,9 +123,11 @@ _IMAGE = [
         "cfg_renorm_type",
         str,
         choices=RENORM_TYPES,
-        help="against oversaturation; by default global, in an edit text_channel",
+        help="keeps guidance from oversaturating; by default global, in an edit text_channel",
     ),
-    Parameter("cfg_renorm_min", float, 0.0, low=0, high=1, help="least factor of it; 1 is off"),
+    Parameter(
+        "cfg_renorm_min", float, 0.0, low=0, high=1, help="least factor of it; 1 turns it off"
+    ),
     Parameter("negative_prompt", str, help="text that guidance leads away from"),
     Parameter(
         "latents",
@@ -161,7 +163,7 @@ PARAMETERS = Parameters(
             int,
             low=0,
             high=2**63 - 1,
-            help="same seed and request: same output, but for a last level of colour",
+            help="same seed and request: same output, up to a colour's last level here and there",
         ),
     ],
     check=_together,

@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mstar.models.bagel.pixels import ResizeRule
-from mstar.models.fields import check_fields, known, read_object
+from mstar.models.fields import (
+    check_fields,
+    check_multiple,
+    check_values,
+    known,
+    object_of,
+    read_object,
+)
 
 __all__ = ["BagelConfig", "LLMConfig", "VAEConfig", "ViTConfig"]
 
@@ -41,7 +48,7 @@ class LLMConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        _multiple(self, "hidden_size", 2 * heads, "for heads of an even size")
+        check_multiple(vars(self), "hidden_size", 2 * heads, "for heads of an even size")
         if heads % kv_heads:
             raise ValueError(f"num_key_value_heads={kv_heads}: must divide the {heads} heads")
 
@@ -52,8 +59,8 @@ class LLMConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> LLMConfig:
         """Read an llm_config.json."""
-        _demand(config, hidden_act="silu", qk_norm=True, tie_word_embeddings=False)
-        _demand(config, use_sliding_window=False, rope_scaling=None)
+        check_values(config, hidden_act="silu", qk_norm=True, tie_word_embeddings=False)
+        check_values(config, use_sliding_window=False, rope_scaling=None)
         return cls(**known(cls, config))
 
 
@@ -72,10 +79,10 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _multiple(self, "hidden_size", self.num_attention_heads, "the heads")
+        check_multiple(vars(self), "hidden_size", self.num_attention_heads, "the heads")
         if self.num_hidden_layers < 2:
             raise ValueError("num_hidden_layers=1: must be 2 or more, since the last is not used")
-        _demand(vars(self), num_channels=3)
+        check_values(vars(self), num_channels=3)
 
     @property
     def layers(self) -> int:
@@ -94,7 +101,7 @@ class ViTConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ViTConfig:
         """Read a vit_config.json."""
-        _demand(config, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
+        check_values(config, model_type="siglip_vision_model", hidden_act="gelu_pytorch_tanh")
         return cls(**known(cls, config))
 
 
@@ -113,8 +120,8 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _multiple(self, "ch", _GROUPS, "the groups of a norm")
-        _demand(vars(self), in_channels=3, out_ch=3)
+        check_multiple(vars(self), "ch", _GROUPS, "the groups of a norm")
+        check_values(vars(self), in_channels=3, out_ch=3)
 
     @property
     def downsample(self) -> int:
@@ -125,7 +132,7 @@ class VAEConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> VAEConfig:
         """Read the `vae_config` of a config.json."""
         found = cls(**known(cls, config))
-        _demand(config, downsample=found.downsample)
+        check_values(config, downsample=found.downsample)
         return found
 
 
@@ -186,40 +193,21 @@ class BagelConfig:
 
         llm, vit = found("llm_config.json"), found("vit_config.json")
         top = found("config.json") if (Path(folder) / "config.json").exists() else {}
-        _demand(top, connector_act="gelu_pytorch_tanh", interpolate_pos=False)
+        check_values(top, connector_act="gelu_pytorch_tanh", interpolate_pos=False)
         names = ("latent_patch_size", "vit_max_num_patch_per_side")
-        rules = _object(top, "image_transforms")
+        rules = object_of(top, "image_transforms")
         return cls(
             llm=_of("llm_config.json: ", LLMConfig.from_dict, llm),
             vit=_of("vit_config.json: ", ViTConfig.from_dict, vit),
-            vae=_of("vae_config.", VAEConfig.from_dict, _object(top, "vae_config")),
+            vae=_of("vae_config.", VAEConfig.from_dict, object_of(top, "vae_config")),
             vae_rule=_rule(rules, "vae", _VAE_RULE),
             vit_rule=_rule(rules, "vit", _VIT_RULE),
             **{name: top[name] for name in names if top.get(name) is not None},
         )
 
 
-def _demand(config: Mapping[str, Any], **values: Any) -> None:
-    for name, value in values.items():
-        found = config.get(name)
-        if found is not None and found != value:
-            raise ValueError(f"{name}={found!r}: must be {value!r}")
-
-
-def _multiple(config: Any, name: str, unit: int, why: str) -> None:
-    if getattr(config, name) % unit:
-        raise ValueError(f"{name}={getattr(config, name)}: must be a multiple of {unit}, {why}")
-
-
-def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = config.get(name)
-    if found is not None and not isinstance(found, Mapping):
-        raise ValueError(f"{name}={found!r}: must be an object")
-    return found or {}
-
-
 def _rule(rules: Mapping[str, Any], name: str, default: ResizeRule) -> ResizeRule:
-    given = known(ResizeRule, _object(rules, name))
+    given = known(ResizeRule, object_of(rules, name))
     return _of(f"image_transforms.{name}.", lambda given: replace(default, **given), given)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -80,10 +81,13 @@ class _Expert(nn.Module):
         self.mlp = _MLP(config)
 
     def project(self, stream: _Stream) -> Projected:
-        own = self.self_attn
         h = stream.norm(self.input_layernorm.weight, self.eps)
-        norms = HeadNorms(own.q_norm.weight, own.k_norm.weight, self.eps)
-        return Projected(_apply(own.qkv_proj, h), norms)
+        return Projected(_apply(self.self_attn.qkv_proj, h), self._norms)
+
+    @cached_property
+    def _norms(self) -> HeadNorms:
+        own = self.self_attn
+        return HeadNorms(own.q_norm.weight, own.k_norm.weight, self.eps)
 
     def finish(self, stream: _Stream, attended: Tensor) -> None:
         """The rest of the layer, after the attention."""

@@ -14,9 +14,8 @@ from mstar.engine.captured import record
 from mstar.engine.content import media_content
 from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.kernels.staging import to_device
-from mstar.engine.kvcache import KVCache, KVPool
+from mstar.engine.kvcache import KVCache
 from mstar.engine.lm import LanguageModel
-from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
 from mstar.engine.prefill import prefill
 from mstar.engine.request import Request
@@ -94,37 +93,12 @@ class Bagel(Model):
         """See `Model.load`. The autoencoder always runs in float32."""
         folder = setup.folders["bagel"]
         tokenizer = Tokenizer(folder)
-        bagel, autoencoder = load_networks(
-            folder,
-            device=setup.device,
-            dtype=setup.dtype,
-            dummy=setup.dummy,
-            quantization=setup.quantization,
-            progress=setup.progress,
-        )
+        bagel, autoencoder = load_networks(folder, **setup.filling)
         ids, known = tokenizer.size, bagel.decoder.vocab_size
         if ids > known:
             raise WeightsError(f"{folder}: the tokenizer has {ids} ids, the decoder knows {known}")
-        layout = bagel.decoder.kv_layout
-        tokens = setup.kv_tokens or kv_tokens_for(
-            layout,
-            setup.device,
-            setup.dtype,
-            fraction=setup.memory_fraction,
-            at_most=max(setup.max_batch * 8192, 65536),
-        )
-        pool = KVPool(
-            layout, tokens, device=setup.device, dtype=setup.dtype, prefix_cache=setup.prefix_cache
-        )
-        lm = LanguageModel(
-            "lm",
-            bagel.decoder,
-            pool,
-            max_batch=setup.max_batch,
-            token_budget=setup.token_budget,
-            span_budget=_DRAFTS * (bagel.side**2 + 2),
-            look_ahead=setup.look_ahead,
-        )
+        budget = _DRAFTS * (bagel.side**2 + 2)
+        lm = setup.language_model("lm", bagel.decoder, span_budget=budget)
         return cls(bagel, autoencoder, lm, tokenizer)
 
     @property

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mstar.engine.checkpoint import Checkpoint
-from mstar.engine.layers.quantized import Quantization
-from mstar.engine.weights import Source, load, randomize
+from mstar.engine.weights import Source
 from mstar.errors import WeightsError
 from mstar.models.bagel.autoencoder import Autoencoder
 from mstar.models.bagel.config import BagelConfig
@@ -20,6 +20,7 @@ from mstar.models.bagel.decoder import Decoder
 from mstar.models.bagel.embedders import LatentEmbedder
 from mstar.models.bagel.positions import Grid, PositionTable
 from mstar.models.bagel.vit import Connector, VisionEncoder
+from mstar.models.base import filled
 
 __all__ = ["Bagel", "load_networks", "networks"]
 
@@ -95,33 +96,12 @@ def networks(folder: Path) -> tuple[Bagel, Autoencoder]:
         return Bagel(config, side), Autoencoder(config.vae)
 
 
-def load_networks(
-    folder: Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    dummy: bool = False,
-    quantization: Quantization | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> tuple[Bagel, Autoencoder]:
-    """The networks with their weights, or with random ones if they are a `dummy`.
-
-    Args:
-        dtype: of all but the autoencoder, which is always float32.
-        quantization: see `mstar.engine.weights.load`.
-
-    Raises:
-        WeightsError: a file is missing or wrong, or lacks a tensor.
-    """
+def load_networks(folder: Path, **how: Any) -> tuple[Bagel, Autoencoder]:
+    """The networks as `filled` has them, but for the autoencoder, which is always float32."""
     bagel, autoencoder = networks(folder)
-    kinds = (bagel, "ema.safetensors", dtype), (autoencoder, "ae.safetensors", torch.float32)
-    for module, name, kind in kinds:
-        if dummy:
-            randomize(module, device=device, dtype=kind, quantization=quantization)
-        else:
-            how = {"quantization": quantization, "progress": progress}
-            load(module, _open(folder / name), device=device, dtype=kind, **how)
-    return bagel, autoencoder
+    exact = {**how, "dtype": torch.float32}
+    filled(autoencoder, lambda: _open(folder / "ae.safetensors"), **exact)  # the small one first
+    return filled(bagel, lambda: _open(folder / "ema.safetensors"), **how), autoencoder
 
 
 def _open(file: Path) -> Checkpoint:

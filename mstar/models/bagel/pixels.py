@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mstar.models.fields import check_fields
+from mstar.models.fields import check_fields, check_multiple
 from mstar.models.shrinking import bicubic
 
 __all__ = [
@@ -40,8 +40,7 @@ class ResizeRule:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.max_size % self.stride:
-            raise ValueError(f"max_size={self.max_size}: must be a multiple of {self.stride}")
+        check_multiple(vars(self), "max_size", self.stride, "the stride")
         if self.min_size > self.max_size:
             raise ValueError(f"min_size={self.min_size}: must not exceed max_size={self.max_size}")
         if self.max_pixels < self.stride**2:

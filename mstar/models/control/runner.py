@@ -308,7 +308,8 @@ class PolicyRunner:
         demand(able, "rtc", rtc, "the policy makes every chunk anew: must be None")
         if rtc is True:
             return "trained" if most else "guided"
-        demand(rtc in ("guided", "trained"), "rtc", rtc, "must be guided, trained, True or None")
+        fits = isinstance(rtc, str) and rtc in ("guided", "trained")
+        demand(fits, "rtc", rtc, "must be guided, trained, True or None")
         demand(rtc == "guided" or most > 0, "rtc", rtc, "the policy was not trained for it")
         return rtc
 

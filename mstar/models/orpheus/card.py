@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mstar.errors import InvalidRequest
 from mstar.models.card import ModelCard
-from mstar.models.parameters import Parameter, Parameters, plain
+from mstar.models.parameters import Parameter, Parameters, demand, plain
 from mstar.models.sampling_table import is_list, logit_bias, sampling_table
 
 __all__ = ["CARD", "MOST_TOKENS", "VOICES"]
@@ -54,8 +53,7 @@ def biases(value: Any) -> dict[int, float]:
 def _together(values: dict[str, Any]) -> None:
     least, most = values["min_tokens"], values["max_output_tokens"]
     most = MOST_TOKENS if most is None else most
-    if least > most:
-        raise InvalidRequest("min_tokens", least, f"must not exceed max_output_tokens={most}")
+    demand(least <= most, "min_tokens", least, f"must not exceed max_output_tokens={most}")
 
 
 def _recognises(config: dict[str, Any]) -> bool:
@@ -97,7 +95,6 @@ PARAMETERS = Parameters(
             int,
             low=1,
             high=MAX_CONTEXT,
-            nullable=True,
             aliases=("max_tokens", "max_new_tokens"),
             help="longest output, of each utterance where the text is split; 82 tokens are one "
             f"second of speech. Null means {MOST_TOKENS}, or as many as the model has room for",
@@ -115,13 +112,11 @@ PARAMETERS = Parameters(
             int,
             low=0,
             high=2**63 - 1,
-            nullable=True,
             help="same seed, same request: same speech",
         ),
         Parameter(
             "stop",
             stop_ids,
-            nullable=True,
             accepts="a token id, '<custom_token_N>', or a list of up to 16 of them",
             help="tokens that end the speech, beside the model's own end of speech",
         ),
@@ -129,7 +124,6 @@ PARAMETERS = Parameters(
         Parameter(
             "logit_bias",
             biases,
-            nullable=True,
             accepts="an object of token id -> number from -100 to 100",
             help="added to the logits of single tokens",
         ),

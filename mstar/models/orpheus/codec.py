@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from mstar.engine.kernels.staging import send, to_host
 from mstar.models.orpheus.frames import by_level, to_pcm16
 from mstar.models.orpheus.noise import FrameNoise, by_block
 from mstar.models.orpheus.snac import SnacDecoder
@@ -61,12 +61,12 @@ def codec_runner(
         first = jobs[0]
         levels = by_level(torch.tensor([job.codes for job in jobs]))
         sizes = [level.shape[1] for level in levels]
-        codes = _to_device(torch.cat(levels, 1), device).split(sizes, 1)
+        codes = send(torch.cat(levels, 1), device).split(sizes, 1)
         noise = None
         if first.seed is not None:
             windows = [frame_noise.window(j.seed, j.low, j.high) for j in jobs]
-            noise = by_block(_to_device(torch.stack(windows), device), lengths)
-        waves = _to_host(snac(codes, noise, keep=first.keep)).numpy()
+            noise = by_block(send(torch.stack(windows), device), lengths)
+        waves = to_host(snac(codes, noise, keep=first.keep)).numpy()
         return [finish(wave, job) for wave, job in zip(waves, jobs, strict=True)]
 
     def finish(heard: np.ndarray, job: CodecJob) -> np.ndarray:
@@ -78,18 +78,3 @@ def codec_runner(
         return to_pcm16(heard)
 
     return run
-
-
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy that is put on the current stream: it does not wait for what runs on the GPU."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy that waits for the current stream alone, and for nothing else on the GPU."""
-    if not x.is_cuda:
-        return x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    torch.cuda.current_stream(x.device).synchronize()
-    return host

@@ -6,13 +6,10 @@ A frame is 7 tokens, each in a range of ids of its own (its slot), for three cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import torch
 from torch import Tensor
 
-__all__ = ["CODES", "FIRST_CODE", "SLOTS", "FrameBuffer", "by_level", "interleave", "to_pcm16"]
+__all__ = ["CODES", "FIRST_CODE", "SLOTS", "FrameBuffer", "by_level", "to_pcm16"]
 
 FIRST_CODE = 128266  # token id of code 0 in slot 0
 CODES = 4096  # per slot
@@ -62,16 +59,6 @@ def by_level(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, third
 
 
-def interleave(codes: Sequence[Tensor]) -> list[int]:
-    """The tokens of an utterance from its codes [n], [2n], [4n]: what `FrameBuffer` and
-    `by_level` undo."""
-    frames = torch.empty(len(codes[0]), _WIDTH, dtype=torch.int64)
-    for slots, level in zip(SLOTS, codes, strict=True):
-        frames[:, slots] = level.cpu().view(-1, len(slots))
-    return (frames + FIRST_CODE + CODES * torch.arange(_WIDTH)).flatten().tolist()
-
-
-def to_pcm16(wave: np.ndarray | Tensor) -> np.ndarray:
+def to_pcm16(wave: np.ndarray) -> np.ndarray:
     """Samples in [-1, 1] -> int16 of the same shape: clamped, times 32767, towards zero."""
-    samples = wave.detach().cpu().numpy() if isinstance(wave, Tensor) else np.asarray(wave)
-    return (np.clip(samples, -1.0, 1.0) * np.float32(32767)).astype(np.int16)
+    return (np.clip(wave, -1.0, 1.0) * np.float32(32767)).astype(np.int16)

@@ -23,9 +23,10 @@ from mstar.engine.layers.rotary import Rotary
 from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
 from mstar.models.fields import (
-    check_flags,
-    check_numbers,
+    check_fields,
     check_sizes,
+    check_values,
+    known,
     read_object,
     required,
 )
@@ -39,7 +40,6 @@ _NEEDED = (
     "num_attention_heads",
     "vocab_size",
 )
-_SIZES = (*_NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,7 @@ class LlamaConfig:
     max_position_embeddings: int = 131072
 
     def __post_init__(self) -> None:
-        values = vars(self)
-        check_sizes(values, _SIZES)
-        check_numbers(values, ("rms_norm_eps", "rope_theta"))
-        check_flags(values, ("tie_word_embeddings", "attention_bias", "mlp_bias"))
+        check_fields(self)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(f"num_key_value_heads={kv_heads}: must divide the {heads} heads")
@@ -85,8 +82,7 @@ class LlamaConfig:
         """
         if config.get("model_type") != "llama":
             raise ValueError(f"model_type={config.get('model_type')!r}: must be 'llama'")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act={config['hidden_act']!r}: must be 'silu'")
+        check_values(config, hidden_act="silu")
         required(config, _NEEDED)
         check_sizes(config, _NEEDED)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -96,14 +92,13 @@ class LlamaConfig:
         theta = rope.pop("rope_theta", config.get("rope_theta"))
         if rope and "max_position_embeddings" in config:
             rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-        known = cls.__dataclass_fields__.keys() - {"rope_theta", "rope_scaling"}
-        values = {k: v for k, v in config.items() if k in known and v is not None}
+        values = {**known(cls, config), "rope_scaling": rope or None}
         heads = config["num_attention_heads"]
         values.setdefault("num_key_value_heads", heads)
         values.setdefault("head_dim", config["hidden_size"] // heads)
         if theta is not None:
             values["rope_theta"] = theta
-        return cls(**values, rope_scaling=rope or None)
+        return cls(**values)
 
     @classmethod
     def from_file(cls, path: str | Path) -> LlamaConfig:

@@ -12,17 +12,14 @@ import torch
 
 from mstar.engine.channel import Channel
 from mstar.engine.checkpoint import Checkpoint
-from mstar.engine.kvcache import KVPool
 from mstar.engine.lm import LanguageModel
-from mstar.engine.memory import kv_tokens_for
 from mstar.engine.node import Node
 from mstar.engine.request import Request
 from mstar.engine.runtime import Task
 from mstar.engine.sampling import SamplingParams, mix
 from mstar.engine.traps import Call, spawn
-from mstar.engine.weights import load, randomize
 from mstar.errors import ContextTooLong, InvalidRequest
-from mstar.models.base import Inputs, Model, Setup
+from mstar.models.base import Inputs, Model, Setup, filled
 from mstar.models.orpheus.card import MOST_TOKENS
 from mstar.models.orpheus.codec import CodecJob, codec_runner
 from mstar.models.orpheus.frames import FrameBuffer
@@ -37,6 +34,7 @@ from mstar.models.orpheus.prompt import (
 )
 from mstar.models.orpheus.snac import SnacDecoder
 from mstar.models.orpheus.windows import Window, WindowPlan
+from mstar.models.parameters import demand
 
 __all__ = ["Orpheus"]
 
@@ -87,43 +85,13 @@ class Orpheus(Model):
     @classmethod
     def load(cls, setup: Setup) -> Orpheus:
         """See `Model.load`. The decoder runs in `setup.dtype`, the codec always in float32."""
-        folders, quantization = setup.folders, setup.quantization
+        folders = setup.folders
         network, snac = networks(folders)
         encode = load_tokenizer(folders["lm"])
-        for part, module, dtype in (("lm", network, setup.dtype), ("snac", snac, torch.float32)):
-            if setup.dummy:
-                randomize(module, device=setup.device, dtype=dtype, quantization=quantization)
-            else:
-                load(
-                    module,
-                    Checkpoint.open(folders[part]),
-                    device=setup.device,
-                    dtype=dtype,
-                    quantization=quantization,
-                    progress=setup.progress,
-                )
-        tokens = setup.kv_tokens or kv_tokens_for(
-            network.kv_layout,
-            setup.device,
-            setup.dtype,
-            fraction=setup.memory_fraction,
-            at_most=max(setup.max_batch * 8192, 65536),
-        )
-        pool = KVPool(
-            network.kv_layout,
-            tokens,
-            device=setup.device,
-            dtype=setup.dtype,
-            prefix_cache=setup.prefix_cache,
-        )
-        lm = LanguageModel(
-            "lm",
-            network,
-            pool,
-            max_batch=setup.max_batch,
-            token_budget=setup.token_budget,
-            look_ahead=setup.look_ahead,
-        )
+        filled(network, lambda: Checkpoint.open(folders["lm"]), **setup.filling)
+        how = {**setup.filling, "dtype": torch.float32}
+        filled(snac, lambda: Checkpoint.open(folders["snac"]), **how)
+        lm = setup.language_model("lm", network)
         return cls(lm, snac, encode, network.config.max_position_embeddings)
 
     @property
@@ -133,15 +101,11 @@ class Orpheus(Model):
 
     def prepare(self, inputs: Inputs, params: dict[str, Any], outputs: tuple[str, ...]) -> _Plan:
         """See `Model.prepare`."""
-        if inputs.text is None:
-            raise InvalidRequest("text", None, "orpheus needs the text to speak")
-        if len(inputs.text) > MOST_TEXT:
-            raise InvalidRequest(
-                "text",
-                inputs.text,
-                f"has {len(inputs.text)} characters; one request speaks at most {MOST_TEXT}",
-            )
-        text, voice = spoken("text", inputs.text), spoken("voice", params["voice"])
+        demand(inputs.text is not None, "text", None, "orpheus needs the text to speak")
+        text, voice = inputs.text, spoken("voice", params["voice"])
+        allowed = f"has {len(text)} characters; one request speaks at most {MOST_TEXT}"
+        demand(len(text) <= MOST_TEXT, "text", text, allowed)
+        text = spoken("text", text)
         texts = split_sentences(text) if params["split_text"] else [text]
         prompts = [prompt_ids(self.encode, text, voice) for text in texts]
         limits = [
@@ -170,11 +134,8 @@ class Orpheus(Model):
         self, field: str, value: Any, tokens: int, error: type[InvalidRequest] = InvalidRequest
     ) -> None:
         if tokens > self.longest:
-            raise error(
-                field,
-                value,
-                f"the request may need {tokens} tokens, and the model takes {self.longest}",
-            )
+            allowed = f"the request may need {tokens} tokens, and the model takes {self.longest}"
+            raise error(field, value, allowed)
         self.lm.pool.check_fits(field, value, tokens, error)
 
     async def walk(self, request: Request) -> str:
@@ -254,6 +215,8 @@ class _Speech:
         return tokens.finish_reason
 
     def _hear(self, *, ended: bool) -> None:
+        usage = self.request.usage
+        usage.speech_tokens = usage.generated_tokens  # there are no others
         for window in self.windows.ready(self.frames.count, ended=ended):
             self.send(self.model.snac(self._job(window, ended)))
 

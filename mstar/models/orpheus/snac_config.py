@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mstar.models.fields import (
-    check_flags,
-    check_lists,
+    check_fields,
+    check_multiple,
     check_sizes,
+    known,
     read_object,
     required,
 )
@@ -21,8 +22,7 @@ __all__ = ["DILATIONS", "REACH", "TAPS", "SnacConfig"]
 TAPS = 7  # of every convolution that is neither 1x1 nor transposed
 REACH = TAPS // 2
 DILATIONS = (1, 3, 9)  # of the residual units of a block
-_LISTS = ("encoder_rates", "decoder_rates", "vq_strides")
-_SIZES = ("sampling_rate", "encoder_dim", "decoder_dim", "codebook_size", "codebook_dim")
+_Count = int  # which may be 0
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,16 @@ class SnacConfig:
     noise: bool = True
     depthwise: bool = True
     attn_window_size: int | None = None
-    latent_dim: int = 0  # 0 or absent: encoder_dim doubled at each rate
+    latent_dim: _Count = 0  # 0 or absent: encoder_dim doubled at each rate
 
     def __post_init__(self) -> None:
-        values = vars(self)
-        check_lists(values, _LISTS)
-        check_sizes(values, _SIZES)
-        check_flags(values, ("noise", "depthwise"))
-        for name in _LISTS:
-            object.__setattr__(self, name, tuple(values[name]))
+        check_fields(self)
         if not self.latent_dim:
             object.__setattr__(self, "latent_dim", self.encoder_dim << len(self.encoder_rates))
-        check_sizes(values, ("latent_dim",))
+        check_sizes(vars(self), ("latent_dim",))
         halvings = len(self.decoder_rates)
-        if self.decoder_dim % 2**halvings:
-            raise ValueError(
-                f"decoder_dim={self.decoder_dim}: must be a multiple of {2**halvings}, since each "
-                f"of the {halvings} decoder blocks halves it"
-            )
+        why = f"since each of the {halvings} decoder blocks halves it"
+        check_multiple(vars(self), "decoder_dim", 2**halvings, why)
         if self.attn_window_size is not None:
             raise ValueError(
                 f"attn_window_size={self.attn_window_size}: SNAC models with local attention are "
@@ -75,18 +67,12 @@ class SnacConfig:
     def from_dict(cls, values: dict[str, Any]) -> SnacConfig:
         """From the content of config.json; entries that are not the codec's are ignored."""
         required(values, (f.name for f in fields(cls) if f.default is MISSING))
-        names = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in names})
+        return cls(**known(cls, values))
 
     @classmethod
     def from_file(cls, path: str | Path) -> SnacConfig:
         """From a config.json."""
         return cls.from_dict(read_object(path))
-
-    @property
-    def codes_per_frame(self) -> int:
-        """Codes of all levels together in one frame."""
-        return sum(self.vq_strides[0] // stride for stride in self.vq_strides)
 
     @property
     def frame_samples(self) -> int:

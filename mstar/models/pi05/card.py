@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,16 @@ def _together(values: dict[str, Any]) -> None:
     demand(together, "inference_delay", delay, "goes with prev_chunk_left_over")
 
 
-_optional = partial(Parameter, nullable=True)
 PARAMETERS = Parameters(
     "pi05",
     [
-        _optional(
+        Parameter(
             "robot_state",
             array,
             accepts="the robot's state: numbers, in its own units",
             help="joints, grippers: as many numbers as the policy was trained with",
         ),
-        _optional(
+        Parameter(
             "num_steps",
             int,
             low=1,
@@ -38,46 +36,46 @@ PARAMETERS = Parameters(
             aliases=("num_inference_steps",),
             help="steps of the flow; by default those of the checkpoint, 10 as published",
         ),
-        _optional(
+        Parameter(
             "noise",
             array,
             accepts="an array [horizon, 32] of start noise",
             help="start noise instead of that of the seed",
         ),
-        _optional(
+        Parameter(
             "seed", int, low=0, high=2**63 - 1, help="same seed, same observation: same actions"
         ),
         Parameter(
             "raw", bool, False, help="actions in the model's normalised space, not in robot units"
         ),
-        _optional(
+        Parameter(
             "prev_chunk_left_over",
             rows,
             accepts="an array [rows, action_dim]: what is left of the last chunk, normalised",
             help="real-time chunking: go on where the last chunk is",
         ),
-        _optional("inference_delay", int, low=0, help="control steps until the chunk arrives"),
-        _optional(
+        Parameter("inference_delay", int, low=0, help="control steps until the chunk arrives"),
+        Parameter(
             "execution_horizon",
             int,
             low=1,
             help="rows of a chunk that guidance reaches; by default the checkpoint's, 10 as "
             "published",
         ),
-        _optional(
+        Parameter(
             "rtc_mode",
             str,
             choices=("guided", "trained"),
             help="by default trained where the checkpoint was trained for it",
         ),
-        _optional(
+        Parameter(
             "prefix_attention_schedule",
             str,
             choices=SCHEDULES,
             help="how guidance falls off between the delay and the execution horizon; by default "
             "the checkpoint's, LINEAR as published",
         ),
-        _optional(
+        Parameter(
             "max_guidance_weight",
             float,
             low=0,

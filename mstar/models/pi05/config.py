@@ -17,6 +17,7 @@ from mstar.models.fields import (
     check_numbers,
     check_sizes,
     known,
+    object_of,
     read_object,
 )
 from mstar.models.pi05.sizes import VARIANTS, GemmaSizes, VisionSizes
@@ -116,7 +117,7 @@ class Pi05Config:
     @property
     def rtc(self) -> dict[str, Any]:
         """How chunks go on from each other where nothing else is asked for."""
-        given = _object(vars(self), "rtc_config")
+        given = object_of(vars(self), "rtc_config")
         return {**_CHUNKING, **{name: value for name, value in given.items() if value is not None}}
 
     @property
@@ -143,17 +144,17 @@ class Pi05Config:
         given = {name: x for name, x in known(cls, config).items() if name not in _OURS}
         for name in ("relative_exclude_joints", "action_feature_names"):
             if name in given:
-                given[name] = names_of(name, given[name])
-        modes = _object(config, "normalization_mapping").items()
+                given[name] = names_of(name, config[name])
+        modes = object_of(config, "normalization_mapping").items()
         given["normalization_mapping"] = _NORMALISATION | {k: mode_of(mode) for k, mode in modes}
-        features = _object(config, "input_features")
+        features = object_of(config, "input_features")
         cameras = cls.cameras
         if features:
             seen = [name for name, each in features.items() if each.get("type") == "VISUAL"]
             cameras = tuple(name.removeprefix(IMAGES) for name in seen)
         given["cameras"] = _with_empty(cameras, config.get("empty_cameras", 0))
         given["state_dim"] = _width(features, STATE)
-        given["action_dim"] = _width(_object(config, "output_features"), ACTION)
+        given["action_dim"] = _width(object_of(config, "output_features"), ACTION)
         return cls(**given, **_networks(config))
 
     @classmethod
@@ -208,7 +209,7 @@ _OURS = ("layout", "vision", "prefix", "expert", "cameras", "state_dim", "action
 
 def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes of the networks: those of the variants, unless `custom_dims` has others."""
-    custom = _object(config, "custom_dims")
+    custom = object_of(config, "custom_dims")
     found: dict[str, Any] = {}
     for part, name, default in (
         ("prefix", "paligemma_variant", "gemma_2b"),
@@ -230,7 +231,7 @@ def _networks(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sized(default: _T, custom: Mapping[str, Any], part: str) -> _T:
-    given = _object(custom, part)
+    given = object_of(custom, part)
     if unknown := sorted(set(given) - set(vars(default))):
         raise ValueError(f"custom_dims.{part} has unknown {', '.join(unknown)}")
     try:
@@ -267,12 +268,6 @@ def names_of(field: str, value: Any) -> tuple[str, ...]:
 def mode_of(value: Any) -> Any:
     """A mode of normalisation as it is written here."""
     return value.upper() if isinstance(value, str) else value
-
-
-def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = config.get(name)
-    _demand(found is None or isinstance(found, Mapping), name, found, "must be an object")
-    return found or {}
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> None:

@@ -107,15 +107,7 @@ class Pi05(Model):
         demand(isinstance(spelled, bool), "state_in_prompt", spelled, "must be true or false")
         config = replace(config, state_in_prompt=spelled)
         processor = Processor.from_folder(folder, config, **options)
-        policy = load_policy(
-            folder,
-            device=setup.device,
-            dtype=setup.dtype,
-            config=config,
-            dummy=setup.dummy,
-            quantization=setup.quantization,
-            progress=setup.progress,
-        )
+        policy = load_policy(folder, config=config, **setup.filling)
         log.info("pi05: %s", processor.assumed)
         capture = record() if setup.device.type == "cuda" else None
         return cls(policy, processor, setup.device, batch, capture)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.layers.quantized import Quantization
-from mstar.engine.weights import Source, load, randomize
+from mstar.engine.weights import Source
 from mstar.errors import WeightsError
+from mstar.models.base import filled
 from mstar.models.pi05.attention import KeysValues
 from mstar.models.pi05.config import Pi05Config
 from mstar.models.pi05.flow import Steered, Velocity, euler
@@ -173,37 +175,20 @@ def policy_config(folder: Path, horizon: int | None = None) -> Pi05Config:
 
 
 def load_policy(
-    folder: Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    config: Pi05Config | None = None,
-    dummy: bool = False,
-    whole: bool = False,
-    quantization: Quantization | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    folder: Path, *, config: Pi05Config | None = None, whole: bool = False, **how: Any
 ) -> Policy:
-    """A policy with its weights, or with random ones if it is a `dummy`.
+    """A policy as `filled` has it, but for the norms and `FlowHeads`, which are float32.
 
     Args:
-        dtype: of all but the norms and `FlowHeads`, which are float32.
         config: `policy_config(folder)` if left out.
         whole: see `Policy`.
-        quantization: see `mstar.engine.weights.load`.
-
-    Raises:
-        WeightsError: a file is missing or wrong, or lacks a tensor.
     """
     with torch.device("meta"):
         policy = Policy(config or policy_config(folder), whole=whole)
-    parts = [(policy.trunk, dtype), (policy.heads, torch.float32)]
-    if dtype != torch.float32:
-        parts.append((_Norms(policy.trunk), torch.float32))
-    checkpoint = None if dummy else Published(folder)
-    for module, kind in parts:
-        if dummy:
-            randomize(module, device=device, dtype=kind, quantization=quantization)
-        else:
-            how = {"quantization": quantization, "progress": progress}
-            load(module, checkpoint, device=device, dtype=kind, **how)
+    checkpoint = cache(lambda: Published(folder))
+    filled(policy.trunk, checkpoint, **how)
+    exact = {**how, "dtype": torch.float32}
+    filled(policy.heads, checkpoint, **exact)
+    if how["dtype"] != torch.float32:
+        filled(_Norms(policy.trunk), checkpoint, **exact)
     return policy.eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,14 +35,21 @@ def flat(observation: Mapping[str, Any], rename: Mapping[str, str] | None = None
     return found
 
 
-def split(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def split(
+    batch: Mapping[str, Any], keys: Iterable[str], rename: Mapping[str, str] | None = None
+) -> list[Mapping[str, Any]]:
     """The observations of a batch: images `[batch, ...]`, and lists and arrays of as many rows;
     what has no rows is every one's. Without such images, or with one of each, it is one.
+
+    Args:
+        keys: that matter; what others hold does not.
+        rename: see `flat`.
 
     Raises:
         InvalidRequest: a value has another number of rows.
     """
-    values = flat(batch)
+    found, known = flat(batch, rename), set(map(slashed, keys))
+    values = {key: value for key, value in found.items() if key in known}
     count = max((len(x) for x in values.values() if getattr(x, "ndim", 0) == 4), default=1)
     if count == 1:
         return [batch]
@@ -53,7 +60,7 @@ def split(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     def one(value: Any, row: int) -> Any:
         if isinstance(value, Mapping):
             return {key: one(each, row) for key, each in value.items()}
-        return value[row] if _has_rows(value) else value
+        return value[row] if _has_rows(value) and len(value) == count else value
 
     return [one(batch, row) for row in range(count)]
 

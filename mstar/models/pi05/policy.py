@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from mstar.models.arrays import as_array
 from mstar.models.control.action_queue import lengthened
 from mstar.models.control.pending import Pending
 from mstar.models.parameters import demand, positive
@@ -225,7 +224,7 @@ class RobotPolicy:
             batch: one observation, or several; see `observation.split`.
             raw: in the model's normalised space, as lerobot's own method gives it, and not for
                 the robot.
-            **params: as for `infer`.
+            **params: as for `infer`, of every observation; `noise` may be `[batch, horizon, 32]`.
 
         Raises:
             InvalidRequest: see `infer`; or real-time chunking is on, which this does not know.
@@ -258,12 +257,12 @@ class RobotPolicy:
             prev_chunk_left_over: what is left of the last ones, `[rows, action_dim]` or `[batch,
                 rows, action_dim]`; None, or no rows, for plain sampling.
             execution_horizon: rows that it reaches; by default the checkpoint's.
-            **params: as for `infer`.
+            **params: as for `select_action`.
         """
         if prev_chunk_left_over is not None:
             params |= {
                 "prev_chunk_left_over": prev_chunk_left_over,
-                "inference_delay": inference_delay or 0,
+                "inference_delay": 0 if inference_delay is None else inference_delay,
                 "execution_horizon": execution_horizon,
             }
         return self._infer_each(batch, True, params)
@@ -272,17 +271,22 @@ class RobotPolicy:
         self, batch: Mapping[str, Any], raw: bool, params: Mapping[str, Any]
     ) -> np.ndarray:
         """Chunks `[batch, horizon, action_dim]` of the observations of a batch."""
-        observations = split(batch)
-        each = [dict(params) for _ in observations]
-        for name in ("noise", "prev_chunk_left_over"):
-            given = None if params.get(name) is None else as_array(params[name])
-            if len(each) > 1 and given is not None and given.ndim == 3 and len(given) == len(each):
-                for own, row in zip(each, given, strict=True):
+        robot = self.robot
+        keys = (*robot.images.values(), *robot.state, robot.prompt)
+        observations = split(batch, keys, robot.rename)
+        count = len(observations)
+        asked = [{**params, "raw": raw} for _ in observations]
+        for name in ("noise", "prev_chunk_left_over") if count > 1 else ():
+            given = self.engine.card.parameters[name].check(params.get(name))
+            if given is not None and given.ndim == 3:
+                allowed = f"must be {count}, as of images"
+                demand(len(given) == count, name, f"{len(given)} rows", allowed)
+                for own, row in zip(asked, given, strict=True):
                     own[name] = row
         pending: list[Pending] = []
         try:
-            for observation, own in zip(observations, each, strict=True):
-                pending.append(self.begin(observation, **{**own, "raw": raw}))
+            for observation, own in zip(observations, asked, strict=True):
+                pending.append(self.begin(observation, **own))
             chunks = [each.result() for each in pending]
         finally:
             for each in pending:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mstar.errors import InvalidRequest
-from mstar.models.parameters import demand, positive
+from mstar.models.parameters import demand, plain, positive
 from mstar.models.pi05 import aloha
 from mstar.models.pi05.config import IMAGES, OPENPI_CAMERAS, STATE, Pi05Config
 from mstar.models.pi05.images import image_faults
@@ -33,6 +33,21 @@ class Observed:
     images: Mapping[str, Any]
     state: np.ndarray | None
     prompt: str | None
+
+
+_LISTS = (
+    ("required", str, "names"),
+    ("unused", str, "names"),
+    ("delta", (bool, int), "true and false"),
+    ("reset_pose", (int, float), "numbers"),
+)
+_SINGLE = (
+    ("name", str, "a name"),
+    ("prompt", str, "a name"),
+    ("default_prompt", str | None, "a text, or None"),
+    ("encode_state", Callable | None, "a function, or None"),
+    ("decode_actions", Callable | None, "a function, or None"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,11 +97,17 @@ class Robot:
             what = "numbers, or None for any number" if name == "state" else "names"
             demand(fits, f"robot.{name}", given, f"must be a map from names to {what}")
         demand(bool(self.images), "robot.images", self.images, "must have a camera")
-        for name in ("required", "unused", "delta", "reset_pose"):
+        for name, kinds, what in _LISTS:
             given = getattr(self, name)
-            fits = isinstance(given, Iterable) and not isinstance(given, str)
-            demand(fits, f"robot.{name}", given, "must be a list")
-            object.__setattr__(self, name, tuple(given))
+            fits = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+            fits = fits and getattr(given, "ndim", 1) == 1
+            values = tuple(map(plain, given)) if fits else ()
+            fits = fits and all(isinstance(each, kinds) for each in values)
+            demand(fits, f"robot.{name}", given, f"must be a list of {what}")
+            object.__setattr__(self, name, values)
+        for name, kind, what in _SINGLE:
+            given = getattr(self, name)
+            demand(isinstance(given, kind), f"robot.{name}", given, f"must be {what}")
         for name in ("action_dim", "run"):
             given = getattr(self, name)
             fits = given is None or (isinstance(given, int) and given >= 1)
@@ -129,8 +150,10 @@ class Robot:
                 faults.append(f"{key} has {len(part)} numbers, and must have {count}")
             parts.append(part)
         prompt = given.pop(slashed(self.prompt), self.default_prompt)
-        if isinstance(prompt, (list, tuple, np.ndarray)) and np.size(prompt) == 1:
-            prompt = np.asarray(prompt).reshape(-1)[0]
+        if isinstance(prompt, np.ndarray):
+            prompt = prompt.reshape(-1).tolist()
+        if isinstance(prompt, (list, tuple)) and len(prompt) == 1:
+            prompt = prompt[0]
         if isinstance(prompt, bytes):
             prompt = prompt.decode("utf-8", "replace")
         if prompt is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mstar.models.fields import check_fields
+from mstar.models.fields import check_fields, check_multiple
 
 __all__ = ["VARIANTS", "GemmaSizes", "VisionSizes"]
 
@@ -27,11 +27,7 @@ class VisionSizes:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size}: must be a multiple of the "
-                f"{self.num_attention_heads} heads"
-            )
+        check_multiple(vars(self), "hidden_size", self.num_attention_heads, "the heads")
 
     @property
     def layers(self) -> int:

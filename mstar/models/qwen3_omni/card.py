@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mstar.errors import InvalidRequest
 from mstar.models.card import ModelCard
-from mstar.models.parameters import Parameter, Parameters
+from mstar.models.parameters import Parameter, Parameters, demand
 from mstar.models.sampling_table import sampling_table
 
 __all__ = ["CARD", "MOST_FRAMES", "MOST_TOKENS", "PARAMETERS"]
@@ -33,7 +32,6 @@ def _thinker() -> list[Parameter]:
             int,
             low=1,
             high=_CONTEXT,
-            nullable=True,
             aliases=(
                 *("max_tokens", "max_new_tokens", "thinker_max_output_tokens"),
                 *("thinker_max_tokens", "thinker_max_new_tokens"),
@@ -60,7 +58,6 @@ def _predictor() -> list[Parameter]:
     temperature = replace(
         table[0],
         default=None,
-        nullable=True,
         help="spread of the sampling of the other codes of a frame; null means 1, or 0 where "
         "talker_temperature is 0",
     )
@@ -85,26 +82,22 @@ def _pixels(prefix: str, what: str, least: int, most: int) -> list[Parameter]:
 
 
 def _together(values: dict[str, Any]) -> None:
-    def rising(low: str, high: str, most: Any = None) -> None:
-        least = values[low]
-        most = values[high] if most is None else most
-        if least > most:
-            raise InvalidRequest(low, least, f"must not exceed {high}={most}")
-
-    if values["max_output_tokens"] is not None:
-        rising("min_tokens", "max_output_tokens")
-    if values["talker_max_tokens"] is not None:
-        rising("talker_min_tokens", "talker_max_tokens")
-    rising("min_frames", "max_frames")
-    rising("min_pixels", "max_pixels")
-    rising("video_min_pixels", "video_max_pixels")
+    for low, high in (
+        ("min_tokens", "max_output_tokens"),
+        ("talker_min_tokens", "talker_max_tokens"),
+        ("min_frames", "max_frames"),
+        ("min_pixels", "max_pixels"),
+        ("video_min_pixels", "video_max_pixels"),
+    ):
+        least, most = values[low], values[high]
+        demand(most is None or least <= most, low, least, f"must not exceed {high}={most}")
 
 
 PARAMETERS = Parameters(
     "qwen3_omni",
     [
         *_thinker(),
-        Parameter("system", str, nullable=True, help="the system prompt; there is none by default"),
+        Parameter("system", str, help="the system prompt; there is none by default"),
         Parameter(
             "enable_thinking",
             bool,
@@ -121,7 +114,6 @@ PARAMETERS = Parameters(
         Parameter(
             "read_aloud",
             bool,
-            nullable=True,
             help="speak the given text instead of an answer to it; by default where a text alone "
             "is given and audio alone is asked for",
         ),
@@ -138,7 +130,6 @@ PARAMETERS = Parameters(
             int,
             low=1,
             high=_CONTEXT,
-            nullable=True,
             aliases=("talker_max_new_tokens", "talker_max_output_tokens"),
             help="longest speech in frames, 12.5 a second, the end counted; null means "
             f"{MOST_FRAMES}, or as many as there is room for",
@@ -180,7 +171,6 @@ PARAMETERS = Parameters(
             int,
             low=0,
             high=2**63 - 1,
-            nullable=True,
             help="same seed, same request: same text and speech",
         ),
     ],

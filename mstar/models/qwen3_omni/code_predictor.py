@@ -8,6 +8,7 @@ whole frame can be captured as one graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -74,22 +75,26 @@ class CodePredictor(nn.Module):
         Returns:
             Codes int64 `[frames, groups - 1]`.
         """
-        count, groups = len(hidden), len(self.lm_head)
+        count, (heads, tables) = len(hidden), self._tables
         size = 1 << (count - 1).bit_length()
         if size not in self._sequences:
-            self._sequences[size] = Sequences(self.decoder, size, groups + 1, hidden)
+            self._sequences[size] = Sequences(self.decoder, size, len(heads) + 1, hidden)
         sequences = self._sequences[size].begin(count)
-        x = torch.stack([hidden, first], 1).flatten(0, 1)
+        x = sequences.extend(torch.stack([hidden, first], 1).flatten(0, 1))[1::2]
         codes: list[Tensor] = []
-        for k in range(groups):
-            states = sequences.extend(x).view(count, -1, hidden.shape[1])[:, -1]
-            scores = linear(states, self.lm_head[k]).float()
+        for k, head in enumerate(heads):
+            if k:
+                x = sequences.extend(F.embedding(codes[-1], tables[k - 1]))
+            scores = linear(x, head).float()
             if keep is not None:
                 keep.append(scores)
             codes.append(choose(scores))
-            if k + 1 < groups:
-                x = F.embedding(codes[-1], self.codec_embedding[k])
         return torch.stack(codes, 1)
+
+    @cached_property
+    def _tables(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The head and the embeddings of every code."""
+        return self.lm_head.unbind(), self.codec_embedding.unbind()
 
 
 class Sequences:

@@ -7,14 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mstar.models.fields import check_numbers, check_sizes, read_object, required
+from mstar.models.fields import (
+    check_flags,
+    check_numbers,
+    check_sizes,
+    check_values,
+    object_of,
+    read_object,
+    required,
+)
 from mstar.models.qwen3_omni.sizes import (
     AudioConfig,
     DecoderConfig,
     VisionConfig,
     VocoderConfig,
-    demand,
-    known,
+    made,
 )
 
 __all__ = ["OmniConfig", "TalkerConfig", "ThinkerConfig"]
@@ -48,14 +55,9 @@ class ThinkerConfig:
     def __post_init__(self) -> None:
         check_numbers(vars(self), ("position_id_per_seconds",))
         _check_ids(vars(self), self.text.vocab_size, "text_config.vocab_size")
-        for name, size in (
-            ("audio_config.output_dim", self.audio.output_dim),
-            ("vision_config.out_hidden_size", self.vision.out_hidden_size),
-        ):
-            if size != self.text.hidden_size:
-                raise ValueError(
-                    f"{name}={size}: must be the {self.text.hidden_size} of text_config.hidden_size"
-                )
+        size = "text_config.hidden_size", self.text.hidden_size
+        _check_same("audio_config.output_dim", self.audio.output_dim, *size)
+        _check_same("vision_config.out_hidden_size", self.vision.out_hidden_size, *size)
         if self.text.mrope_section is None:
             raise ValueError("text_config.rope_scaling.mrope_section is missing")
         if self.deepstack > self.text.num_hidden_layers:
@@ -82,7 +84,7 @@ class ThinkerConfig:
             "vision": _part(config, "vision_config", VisionConfig.from_dict),
             "text": _part(config, "text_config", DecoderConfig.from_dict),
         }
-        return known(cls, {**config, **parts})
+        return made(cls, {**config, **parts})
 
 
 @dataclass(frozen=True)
@@ -123,11 +125,8 @@ class TalkerConfig:
         )
         if self.num_code_groups < 2:
             raise ValueError("num_code_groups=1: must be 2 or more")
-        if self.code_predictor.hidden_size != self.text.hidden_size:
-            raise ValueError(
-                f"code_predictor_config.hidden_size={self.code_predictor.hidden_size}: must be the "
-                f"{self.text.hidden_size} of text_config.hidden_size"
-            )
+        size = "text_config.hidden_size", self.text.hidden_size
+        _check_same("code_predictor_config.hidden_size", self.code_predictor.hidden_size, *size)
         if self.code_predictor.num_experts or self.code_predictor.mrope_section is not None:
             raise ValueError("code_predictor_config: must be a plain decoder")
         if self.text.mrope_section is None:
@@ -136,13 +135,13 @@ class TalkerConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> TalkerConfig:
         """Read a `talker_config`."""
-        predictor = _object(config, "code_predictor_config")
-        demand(predictor, "num_code_groups", config.get("num_code_groups"))
+        predictor = object_of(config, "code_predictor_config")
+        check_values(predictor, num_code_groups=config.get("num_code_groups"))
         parts = {
             "text": _part(config, "text_config", DecoderConfig.from_dict),
             "code_predictor": _part(config, "code_predictor_config", DecoderConfig.from_dict),
         }
-        return known(cls, {**config, **parts})
+        return made(cls, {**config, **parts})
 
 
 @dataclass(frozen=True)
@@ -157,8 +156,6 @@ class OmniConfig:
     """
 
     thinker: ThinkerConfig
-    talker: TalkerConfig | None
-    vocoder: VocoderConfig | None
     im_start_token_id: int
     im_end_token_id: int
     user_token_id: int
@@ -166,27 +163,24 @@ class OmniConfig:
     tts_pad_token_id: int
     tts_bos_token_id: int
     tts_eos_token_id: int
+    talker: TalkerConfig | None = None
+    vocoder: VocoderConfig | None = None
 
     def __post_init__(self) -> None:
         _check_ids(vars(self), self.thinker.text.vocab_size, "text_config.vocab_size")
         if self.talker is None:
             return
-        text = self.thinker.text
-        if self.talker.thinker_hidden_size != text.hidden_size:
+        text, talker, vocoder = self.thinker.text, self.talker, self.vocoder
+        size = "thinker_config.text_config.hidden_size", text.hidden_size
+        _check_same("talker_config.thinker_hidden_size", talker.thinker_hidden_size, *size)
+        groups = "talker_config.num_code_groups", talker.num_code_groups
+        _check_same("code2wav_config.num_quantizers", vocoder.num_quantizers, *groups)
+        size = "code_predictor_config.vocab_size", talker.code_predictor.vocab_size
+        _check_same("code2wav_config.codebook_size", vocoder.codebook_size, *size)
+        if talker.accept_hidden_layer > text.num_hidden_layers:
             raise ValueError(
-                f"talker_config.thinker_hidden_size={self.talker.thinker_hidden_size}: must be the "
-                f"Thinker's {text.hidden_size}"
-            )
-        if self.talker.accept_hidden_layer > text.num_hidden_layers:
-            raise ValueError(
-                f"talker_config.accept_hidden_layer={self.talker.accept_hidden_layer}: the Thinker "
-                f"has {text.num_hidden_layers} layers"
-            )
-        wanted = self.talker.num_code_groups, self.talker.code_predictor.vocab_size
-        if (self.vocoder.num_quantizers, self.vocoder.codebook_size) != wanted:
-            raise ValueError(
-                f"code2wav_config: {self.vocoder.num_quantizers} codebooks of "
-                f"{self.vocoder.codebook_size}, and talker_config has {wanted[0]} of {wanted[1]}"
+                f"talker_config.accept_hidden_layer={talker.accept_hidden_layer}: the Thinker has "
+                f"{text.num_hidden_layers} layers"
             )
 
     def silent(self) -> OmniConfig:
@@ -200,24 +194,16 @@ class OmniConfig:
         Raises:
             ValueError: it describes another kind of model, or none.
         """
-        if config.get("model_type") != "qwen3_omni_moe":
-            raise ValueError(f"model_type={config.get('model_type')!r}: must be 'qwen3_omni_moe'")
-        required(config, ("thinker_config",))
-        speaks = config.get("enable_audio_output", True)
-        if not isinstance(speaks, bool):
-            raise ValueError(f"enable_audio_output={speaks!r}: must be true or false")
-        parts: dict[str, Any] = {
-            "thinker": _part(config, "thinker_config", ThinkerConfig.from_dict)
-        }
-        if speaks:
+        required(config, ("model_type", "thinker_config"))
+        check_values(config, model_type="qwen3_omni_moe")
+        speaks = {"enable_audio_output": True, **config}
+        check_flags(speaks, ["enable_audio_output"])
+        parts = {"thinker": _part(config, "thinker_config", ThinkerConfig.from_dict)}
+        if speaks["enable_audio_output"]:
             required(config, ("talker_config", "code2wav_config"))
             parts["talker"] = _part(config, "talker_config", TalkerConfig.from_dict)
             parts["vocoder"] = _part(config, "code2wav_config", VocoderConfig.from_dict)
-        ids = [name for name in cls.__dataclass_fields__ if name.endswith("_id")]
-        required(config, ids)
-        return cls(
-            **{"talker": None, "vocoder": None, **parts}, **{name: config[name] for name in ids}
-        )
+        return made(cls, {**config, **parts})
 
     @classmethod
     def from_file(cls, path: str | Path) -> OmniConfig:
@@ -230,6 +216,11 @@ class OmniConfig:
         return cls.from_dict(read_object(path))
 
 
+def _check_same(name: str, value: int, other: str, wanted: int) -> None:
+    if value != wanted:
+        raise ValueError(f"{name}={value}: must be the {wanted} of {other}")
+
+
 def _check_ids(values: Mapping[str, Any], size: int, what: str) -> None:
     for name, value in values.items():
         if not name.endswith("_id") or isinstance(value, Mapping):
@@ -238,17 +229,10 @@ def _check_ids(values: Mapping[str, Any], size: int, what: str) -> None:
             raise ValueError(f"{name}={value!r}: must be an id below {what}={size}")
 
 
-def _object(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = config.get(name)
-    if not isinstance(found, Mapping):
-        raise ValueError(f"{name}={found!r}: must be an object")
-    return found
-
-
 def _part(config: Mapping[str, Any], name: str, read: Callable[[Mapping[str, Any]], _T]) -> _T:
     """What `read` makes of an entry; its errors say where the fault is."""
     try:
-        return read(_object(config, name))
+        return read(object_of(config, name))
     except ValueError as error:
         text = str(error)
         link = ": " if text.startswith("it ") else "."

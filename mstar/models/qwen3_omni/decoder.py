@@ -14,27 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mstar.engine.kernels.gated import silu_mul
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext, CausalContext, HeadNorms, Projected
 from mstar.engine.layers.linear import linear
+from mstar.engine.layers.mlp import GatedMLP
 from mstar.engine.layers.moe import MoE
+from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
 from mstar.models.qwen3_omni.mrope import MRotary
 from mstar.models.qwen3_omni.sizes import DecoderConfig
 
-__all__ = ["Decoder", "Weight", "apart", "prefixed"]
+__all__ = ["Decoder", "apart", "prefixed"]
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-class Weight(nn.Module):
-    """One parameter called `weight`, not initialised."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape))
 
 
 class _Attention(nn.Module):
@@ -48,26 +41,14 @@ class _Attention(nn.Module):
         self.k_norm = Weight(dim)
 
 
-class _MLP(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        size, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Linear(size, 2 * inner, bias=False)
-        self.down_proj = nn.Linear(inner, size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(silu_mul(linear(x, self.gate_up_proj.weight)), self.down_proj.weight)
-
-
 class _Layer(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.input_layernorm = Weight(config.hidden_size)
         self.self_attn = _Attention(config)
         self.post_attention_layernorm = Weight(config.hidden_size)
-        self.mlp: nn.Module = _MLP(config)
         if config.num_experts:
-            self.mlp = MoE(
+            self.mlp: nn.Module = MoE(
                 config.hidden_size,
                 config.moe_intermediate_size,
                 config.num_experts,
@@ -75,6 +56,8 @@ class _Layer(nn.Module):
                 normalise=config.norm_topk_prob,
                 shared=config.shared_expert_intermediate_size,
             )
+        else:
+            self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
 
 class Decoder(nn.Module):

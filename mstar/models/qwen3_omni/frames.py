@@ -94,7 +94,7 @@ class Frames:
         greedy = all(state.params.temperature == 0 for state in states)
 
         def choose(scores: Tensor) -> Tensor:
-            return scores.argmax(-1) if greedy else self._sampler.sample(scores, states)
+            return scores.argmax(-1) if greedy else _some(self._sampler.sample(scores, states))
 
         text = to_device([job.text for job in jobs], torch.int64, hidden.device)
         return self._completed(hidden, first, text, choose)
@@ -135,7 +135,7 @@ class Frames:
 
         def choose(scores: Tensor) -> Tensor:
             rows = _Rows(self._vocab, thresholds, top_k, next(passes))
-            return sample_batch(scores, rows)
+            return _some(sample_batch(scores, rows))
 
         return self._completed(hidden, first, text.squeeze(1), choose)
 
@@ -144,11 +144,7 @@ class Frames:
     ) -> tuple[Tensor, Tensor]:
         """Codes `[frames, groups]` and the next inputs `[frames, hidden]`."""
         talker, thinker = self._omni.talker, self._omni.thinker
-
-        def chosen(scores: Tensor) -> Tensor:
-            return choose(scores).clamp_min(0)  # where the scores are no numbers
-
-        rest = talker.code_predictor(hidden, talker.embed(first), chosen)
+        rest = talker.code_predictor(hidden, talker.embed(first), choose)
         codes = torch.cat([first[:, None], rest], 1)
         return codes, talker.frame_inputs(codes, talker.text_projection(thinker.rows(text)))
 
@@ -157,6 +153,11 @@ class Frames:
         while sizes[-1] < self._max_batch:
             sizes.append(min(2 * sizes[-1], self._max_batch))
         return sizes
+
+
+def _some(codes: Tensor) -> Tensor:
+    """Code 0 where the scores are no numbers."""
+    return codes.clamp_min_(0)
 
 
 @dataclass(frozen=True)

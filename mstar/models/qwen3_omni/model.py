@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,18 @@ from torch import Tensor
 from mstar.engine.captured import CapturedSteps, record
 from mstar.engine.channel import Channel
 from mstar.engine.feature_cache import FeatureCache
-from mstar.engine.kvcache import KVCache, KVPool
+from mstar.engine.kvcache import KVCache
 from mstar.engine.layers.moe import warm_experts
-from mstar.engine.lm import DecoderNetwork, LanguageModel
-from mstar.engine.memory import kv_tokens_for
+from mstar.engine.lm import LanguageModel
 from mstar.engine.node import Node
 from mstar.engine.prefill import prefill_causal
 from mstar.engine.request import Request
 from mstar.engine.sampling import SamplerState
 from mstar.engine.spans import Step
 from mstar.engine.traps import gather, spawn
-from mstar.errors import ContextTooLong, InvalidRequest, WeightsError
+from mstar.errors import ContextTooLong, WeightsError
 from mstar.models.base import Inputs, Model, Setup
+from mstar.models.parameters import demand
 from mstar.models.qwen3_omni.card import MOST_FRAMES, MOST_TOKENS
 from mstar.models.qwen3_omni.frames import Frames
 from mstar.models.qwen3_omni.material import Material
@@ -31,13 +32,10 @@ from mstar.models.qwen3_omni.networks import Networks, load_networks
 from mstar.models.qwen3_omni.plan import Plan, Planner
 from mstar.models.qwen3_omni.positions import offset_of
 from mstar.models.qwen3_omni.prompt import Segment
-from mstar.models.qwen3_omni.runners import (
-    audio_runner,
-    vision_runner,
-    vocoder_runner,
-)
+from mstar.models.qwen3_omni.runners import audio_runner, vision_runner, vocoder_runner
 from mstar.models.qwen3_omni.speaking import HiddenStates, Speech
 from mstar.models.qwen3_omni.speech import Speaker
+from mstar.models.qwen3_omni.template import check_template
 from mstar.models.qwen3_omni.tokenizer import Tokenizer
 from mstar.models.qwen3_omni.vocoder import SAMPLE_RATE
 from mstar.models.text import TextGeneration, sampling_params
@@ -47,7 +45,7 @@ __all__ = ["Qwen3Omni"]
 _FEATURES = 512 << 20  # bytes of encoded media, and of what the Talker hears of them, that are kept
 _PATCHES = 16384  # of images and videos in a batch: those of one video of the usual size
 _MEL_FRAMES = 30000  # of sounds in a batch: five minutes
-_TALKER_SHARE = 0.2  # of the memory for KV caches
+_SHARE = 0.8  # of the memory for KV caches that the Thinker's takes beside the Talker's
 
 
 class Qwen3Omni(Model):
@@ -119,30 +117,24 @@ class Qwen3Omni(Model):
     def load(cls, setup: Setup) -> Qwen3Omni:
         """See `Model.load`. The vocoder always runs in float32."""
         speech = setup.options.get("speech", True)
-        if not isinstance(speech, bool):
-            raise InvalidRequest("options", speech, "speech must be true or false")
+        demand(isinstance(speech, bool), "options", speech, "speech must be true or false")
         folder = setup.folders["qwen3_omni"]
         tokenizer = Tokenizer(folder)
-        networks = load_networks(
-            folder,
-            device=setup.device,
-            dtype=setup.dtype,
-            speech=speech,
-            dummy=setup.dummy,
-            quantization=setup.quantization,
-            progress=setup.progress,
-        )
+        check_template(folder)
+        networks = load_networks(folder, speech=speech, **setup.filling)
         omni = networks.omni
         if tokenizer.size > omni.thinker.vocab_size:
             raise WeightsError(
                 f"{folder}: the tokenizer has {tokenizer.size} ids, and the decoder knows "
                 f"{omni.thinker.vocab_size}"
             )
-        if omni.talker is None:
-            return cls(networks, tokenizer, [_decoder(setup, "thinker", omni.thinker)])
         fraction = setup.memory_fraction
-        thinker = _decoder(setup, "thinker", omni.thinker, fraction * (1 - _TALKER_SHARE))
-        return cls(networks, tokenizer, [thinker, _decoder(setup, "talker", omni.talker, fraction)])
+        own = setup if omni.talker is None else replace(setup, memory_fraction=fraction * _SHARE)
+        lms = [own.language_model("thinker", omni.thinker, fractions=True)]
+        if omni.talker is not None:
+            own, width = replace(setup, prefix_cache=False), omni.talker.config.text.hidden_size
+            lms.append(own.language_model("talker", omni.talker, width=width, fractions=True))
+        return cls(networks, tokenizer, lms)
 
     def warmup(self) -> None:
         """See `Model.warmup`."""
@@ -184,9 +176,8 @@ class Qwen3Omni(Model):
     def _check_room(self, prefix: str, room: int, params: dict[str, Any]) -> None:
         most = "talker_max_tokens" if prefix else "max_output_tokens"
         for name in (most, f"{prefix}min_tokens"):
-            if (params[name] or 0) > room:
-                allowed = f"there is room for {room} after the prompt"
-                raise InvalidRequest(name, params[name], allowed)
+            allowed = f"there is room for {room} after the prompt"
+            demand((params[name] or 0) <= room, name, params[name], allowed)
 
     def _check_length(self, field: str, segments: Sequence[Segment]) -> None:
         longest = self.config.thinker.text.max_position_embeddings
@@ -215,6 +206,7 @@ class Qwen3Omni(Model):
         if plan.text:
             return await self._read_aloud(request, plan)
         request.usage.image_tokens += plan.image_tokens
+        request.usage.audio_tokens += plan.audio_tokens
         with self.thinker.open_cache() as kv:
             kv.offset = offset_of(plan.next_position, len(plan.ids))
             if plan.speech is None:
@@ -324,34 +316,3 @@ class Qwen3Omni(Model):
             found = (await node(medium),)
             self.features.put((node.name, key), *found)
         return found[0]
-
-
-def _decoder(
-    setup: Setup, name: str, network: DecoderNetwork, fraction: float | None = None
-) -> LanguageModel:
-    """A decoder with its cache."""
-    layout = network.kv_layout
-    tokens = setup.kv_tokens or kv_tokens_for(
-        layout,
-        setup.device,
-        setup.dtype,
-        fraction=fraction or setup.memory_fraction,
-        at_most=max(setup.max_batch * 8192, 65536),
-    )
-    pool = KVPool(
-        layout,
-        tokens,
-        device=setup.device,
-        dtype=setup.dtype,
-        prefix_cache=setup.prefix_cache and name == "thinker",
-    )
-    return LanguageModel(
-        name,
-        network,
-        pool,
-        max_batch=setup.max_batch,
-        token_budget=setup.token_budget,
-        look_ahead=setup.look_ahead,
-        width=network.config.text.hidden_size if name == "talker" else 0,
-        fractions=True,
-    )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from mstar.engine.checkpoint import Checkpoint
-from mstar.engine.layers.quantized import Quantization
-from mstar.engine.weights import Source, load, randomize
+from mstar.engine.weights import Source
 from mstar.errors import WeightsError
+from mstar.models.base import filled
 from mstar.models.qwen3_omni.audio import AudioEncoder
 from mstar.models.qwen3_omni.config import OmniConfig
 from mstar.models.qwen3_omni.decoder import prefixed
@@ -57,7 +59,7 @@ class Omni(nn.Module):
         return _sources(self, name)
 
 
-class VocoderWeights(nn.Module):
+class _VocoderWeights(nn.Module):
     """The vocoder, as a part of a checkpoint."""
 
     def __init__(self, vocoder: Vocoder) -> None:
@@ -98,38 +100,16 @@ def networks(folder: Path, *, speech: bool = True) -> Networks:
         return Networks(Omni(config), vocoder)
 
 
-def load_networks(
-    folder: Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    vocoder_dtype: torch.dtype = torch.float32,
-    speech: bool = True,
-    dummy: bool = False,
-    quantization: Quantization | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> Networks:
-    """The networks with their weights, or with random ones if they are a `dummy`.
+def load_networks(folder: Path, *, speech: bool = True, **how: Any) -> Networks:
+    """The networks as `filled` has them, but for the vocoder, which is always float32.
 
     Args:
-        dtype: of all but the vocoder.
         speech: whether to speak, if the checkpoint can; if not, those weights are not read.
-        quantization: see `mstar.engine.weights.load`.
-
-    Raises:
-        WeightsError: a file is missing or wrong, or lacks a tensor.
     """
-    found = networks(folder, speech=speech)
-    checkpoint = None if dummy else Checkpoint.open(folder)
-    for module, kind in ((found.omni, dtype), (found.vocoder, vocoder_dtype)):
-        if module is None:
-            continue
-        if checkpoint is None:
-            randomize(module, device=device, dtype=kind, quantization=quantization)
-            continue
-        part = VocoderWeights(module) if isinstance(module, Vocoder) else module
-        how = {"quantization": quantization, "progress": progress}
-        load(part, checkpoint, device=device, dtype=kind, **how)
+    found, checkpoint = networks(folder, speech=speech), cache(partial(Checkpoint.open, folder))
+    filled(found.omni, checkpoint, **how)
+    if found.vocoder is not None:
+        filled(_VocoderWeights(found.vocoder), checkpoint, **{**how, "dtype": torch.float32})
     return found
 
 

@@ -16,6 +16,7 @@ from mstar.engine.content import media_content
 from mstar.engine.prefill import PromptSpan
 from mstar.errors import InvalidRequest
 from mstar.models.base import Inputs
+from mstar.models.parameters import demand
 from mstar.models.qwen3_omni.config import OmniConfig
 from mstar.models.qwen3_omni.material import Material, Reader
 from mstar.models.qwen3_omni.prompt import Segment, lay_out, next_position
@@ -67,7 +68,7 @@ class Plan:
         ids: of the Thinker's prompt.
         spans: of it, with their positions; `None` where there is text alone.
         next_position: of the first token of the answer.
-        image_tokens: of the prompt, those of images and videos.
+        image_tokens, audio_tokens: of the prompt, those of images and videos, and of sounds.
         seed: of everything that is drawn.
         text: what is read aloud; otherwise empty.
         speech: `None` where nothing is spoken.
@@ -77,6 +78,7 @@ class Plan:
     spans: list[PromptSpan] | None
     next_position: float
     image_tokens: int
+    audio_tokens: int
     seed: int
     text: str
     speech: SpeechPlan | None
@@ -138,6 +140,8 @@ class Planner:
         check(_field(inputs, segments), segments)
         spans = self._spans(segments, media)
         ids = [token for segment in segments for token in segment.ids]
+        pads = [token for part in segments if part.medium is not None for token in part.ids]
+        sounds = pads.count(self.config.thinker.audio_token_id)
         speech = None
         if speaker is not None:
             given = self.tokenizer.encode(inputs.text) if aloud else None
@@ -147,7 +151,8 @@ class Planner:
             ids,
             spans if media else None,
             next_position(segments),
-            sum(map(self._seen, segments)),
+            len(pads) - sounds,
+            sounds,
             secrets.randbits(63) if params["seed"] is None else params["seed"],
             inputs.text if aloud else "",
             speech,
@@ -157,23 +162,22 @@ class Planner:
         """The id of the voice, if something is to be spoken; its name is always checked."""
         talker = self.config.talker
         if talker is None:
-            if speaks:
-                allowed = "this model has no Talker, or was loaded without: text only"
-                raise InvalidRequest("output_modalities", "audio", allowed)
+            allowed = "this model has no Talker, or was loaded without: text only"
+            demand(not speaks, "output_modalities", "audio", allowed)
             return None
         found = speaker_id(talker, voice)
         return found if speaks else None
 
     def _turns(self, inputs: Inputs, system: str | None) -> list[Turn]:
         turns = turns_of(inputs, KINDS)
-        if system is not None:
-            if any(turn.role == "system" for turn in turns):
-                raise InvalidRequest("system", system, "the messages have a system turn already")
-            turns = [Turn("system", (Part("text", system),)), *turns]
-        for turn in turns:
-            if turn.role == "system" and any(part.kind != "text" for part in turn.parts):
-                raise InvalidRequest("messages", "system", "a system turn holds text only")
+        rules = [part for turn in turns if turn.role == "system" for part in turn.parts]
         said = [part for turn in turns if turn.role != "system" for part in turn.parts]
+        if system is not None:
+            alone = all(turn.role != "system" for turn in turns)
+            demand(alone, "system", system, "the messages have a system turn already")
+            turns = [Turn("system", (Part("text", system),)), *turns]
+        is_text = all(part.kind == "text" for part in rules)
+        demand(is_text, "messages", "system", "a system turn holds text only")
         if not any(part.kind != "text" or part.value.strip() for part in said):
             if inputs.messages is None:
                 raise InvalidRequest("text", inputs.text, "is empty")
@@ -182,10 +186,9 @@ class Planner:
 
     def _reads_aloud(self, inputs: Inputs, asked: bool | None, outputs: tuple[str, ...]) -> bool:
         alone = inputs.text is not None and not (inputs.images or inputs.audio or inputs.video)
-        if asked and not alone:
-            raise InvalidRequest("read_aloud", True, "goes with text=, and with no media")
-        if asked and "audio" not in outputs:
-            raise InvalidRequest("read_aloud", True, "goes with output_modalities=('audio',)")
+        demand(alone or not asked, "read_aloud", True, "goes with text=, and with no media")
+        allowed = "goes with output_modalities=('audio',)"
+        demand("audio" in outputs or not asked, "read_aloud", True, allowed)
         return (alone and "text" not in outputs) if asked is None else asked
 
     def _spans(self, segments: Sequence[Segment], media: Sequence[Material]) -> list[PromptSpan]:
@@ -203,13 +206,6 @@ class Planner:
 
             spans.append(PromptSpan(content, segment.positions, embed))
         return spans
-
-    def _seen(self, segment: Segment) -> int:
-        """Tokens of images and videos."""
-        thinker = self.config.thinker
-        if segment.medium is None:
-            return 0
-        return sum(token != thinker.audio_token_id for token in segment.ids)
 
 
 def _places(spans: Sequence[PromptSpan], user: UserRows) -> list[Place]:

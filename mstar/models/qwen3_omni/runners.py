@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mstar.engine.kernels.staging import to_host
 from mstar.models.qwen3_omni.material import Material
 from mstar.models.qwen3_omni.networks import Omni
 from mstar.models.qwen3_omni.pixels import normalised
@@ -68,16 +69,6 @@ def vocoder_runner(vocoder: Vocoder) -> Callable[[list[VocoderJob]], list[np.nda
     def run(jobs: list[VocoderJob]) -> list[np.ndarray]:
         codes = torch.stack([torch.stack(job.frames, 1) for job in jobs])
         waves = vocoder.extend(codes, [job.stream for job in jobs])
-        return list(_to_host(waves.mul(32767).to(torch.int16)).numpy())
+        return list(to_host(waves.mul(32767).to(torch.int16)).numpy())
 
     return run
-
-
-def _to_host(x: Tensor) -> Tensor:
-    """A copy that waits for the current stream alone, and for nothing else on the GPU."""
-    if not x.is_cuda:
-        return x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    torch.cuda.current_stream(x.device).synchronize()
-    return host

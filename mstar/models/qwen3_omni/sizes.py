@@ -7,15 +7,25 @@ changes a result.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from math import isqrt, prod
 from typing import Any, TypeVar
 
-from mstar.models.fields import check_flags, check_lists, check_numbers, check_sizes, required
+from mstar.models.fields import (
+    check_fields,
+    check_lists,
+    check_multiple,
+    check_sizes,
+    check_values,
+    known,
+    object_of,
+    required,
+)
 
-__all__ = ["AudioConfig", "DecoderConfig", "VisionConfig", "VocoderConfig", "demand", "known"]
+__all__ = ["AudioConfig", "DecoderConfig", "VisionConfig", "VocoderConfig", "made"]
 
 _T = TypeVar("_T")
+_Count = int  # which may be 0
 
 
 @dataclass(frozen=True)
@@ -41,17 +51,9 @@ class AudioConfig:
     num_mel_bins: int
 
     def __post_init__(self) -> None:
-        check_sizes(vars(self), vars(self))
-        if self.d_model % (2 * self.encoder_attention_heads):
-            raise ValueError(
-                f"d_model={self.d_model}: must be a multiple of twice the "
-                f"{self.encoder_attention_heads} heads"
-            )
-        if self.n_window_infer % self.chunk:
-            raise ValueError(
-                f"n_window_infer={self.n_window_infer}: must be a multiple of {self.chunk}, the "
-                "frames of a chunk"
-            )
+        check_fields(self)
+        check_multiple(vars(self), "d_model", 2 * self.encoder_attention_heads, "twice the heads")
+        check_multiple(vars(self), "n_window_infer", self.chunk, "the frames of a chunk")
         if self.d_model < 4:
             raise ValueError(f"d_model={self.d_model}: must be at least 4, for positions")
 
@@ -83,9 +85,8 @@ class AudioConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> AudioConfig:
         """Read an `audio_config`."""
-        demand(config, "activation_function", "gelu")
-        demand(config, "scale_embedding", False)
-        return known(cls, config)
+        check_values(config, activation_function="gelu", scale_embedding=False)
+        return made(cls, config)
 
 
 def _thrice_halved(size: int) -> int:
@@ -121,18 +122,14 @@ class VisionConfig:
     in_channels: int = 3
 
     def __post_init__(self) -> None:
-        check_sizes(vars(self), [n for n in vars(self) if n != "deepstack_visual_indexes"])
-        if self.hidden_size % (4 * self.num_heads):
-            raise ValueError(
-                f"hidden_size={self.hidden_size}: must be a multiple of {4 * self.num_heads}, for "
-                "rotary positions in two dimensions"
-            )
+        values, why = vars(self), "for rotary positions in two dimensions"
+        check_sizes(values, [name for name in values if name != "deepstack_visual_indexes"])
+        check_multiple(values, "hidden_size", 4 * self.num_heads, why)
+        check_values(values, in_channels=3)
         if self.side**2 != self.num_position_embeddings:
             raise ValueError(
                 f"num_position_embeddings={self.num_position_embeddings}: must be a square"
             )
-        if self.in_channels != 3:
-            raise ValueError(f"in_channels={self.in_channels}: must be 3, for RGB")
         taken = self.deepstack_visual_indexes
         if list(taken) != sorted(set(taken)) or any(not 0 <= i < self.depth for i in taken):
             raise ValueError(
@@ -157,9 +154,8 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VisionConfig:
         """Read a `vision_config`."""
-        demand(config, "hidden_act", "gelu_pytorch_tanh")
-        demand(config, "apply_vit_abs_pos_embed", True)
-        return known(cls, config)
+        check_values(config, hidden_act="gelu_pytorch_tanh", apply_vit_abs_pos_embed=True)
+        return made(cls, config)
 
 
 @dataclass(frozen=True)
@@ -186,22 +182,17 @@ class DecoderConfig:
     rope_theta: float
     max_position_embeddings: int
     mrope_section: tuple[int, ...] | None = None
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
+    num_experts: _Count = 0
+    num_experts_per_tok: _Count = 0
+    moe_intermediate_size: _Count = 0
     norm_topk_prob: bool = True
-    shared_expert_intermediate_size: int = 0
+    shared_expert_intermediate_size: _Count = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         values = vars(self)
-        experts = ("num_experts_per_tok", "moe_intermediate_size")
-        floats = ("rms_norm_eps", "rope_theta")
-        sizes = [n for n, field in self.__dataclass_fields__.items() if field.default is MISSING]
-        check_sizes(values, [name for name in sizes if name not in floats])
-        check_numbers(values, floats)
-        check_flags(values, ("norm_topk_prob",))
         if self.num_experts:
-            check_sizes(values, ("num_experts", *experts))
+            check_sizes(values, ("num_experts", "num_experts_per_tok", "moe_intermediate_size"))
             if self.num_experts_per_tok > self.num_experts:
                 raise ValueError(
                     f"num_experts_per_tok={self.num_experts_per_tok}: there are "
@@ -212,8 +203,7 @@ class DecoderConfig:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             raise ValueError(f"num_key_value_heads={kv_heads}: must divide the {heads} heads")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim}: must be even, for rotary positions")
+        check_multiple(values, "head_dim", 2, "for rotary positions")
         if self.mrope_section is not None:
             check_lists(values, ("mrope_section",))
             if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2:
@@ -229,22 +219,17 @@ class DecoderConfig:
         Raises:
             ValueError: it describes another kind of network, or none.
         """
-        demand(config, "hidden_act", "silu")
-        demand(config, "attention_bias", False)
-        demand(config, "tie_word_embeddings", False)
-        demand(config, "use_sliding_window", False)
-        demand(config, "decoder_sparse_step", 1)
-        demand(config, "mlp_only_layers", [])
+        check_values(config, hidden_act="silu", attention_bias=False, tie_word_embeddings=False)
+        check_values(config, use_sliding_window=False, decoder_sparse_step=1, mlp_only_layers=[])
         rope = _rope(config)
         if rope.get("mrope_section") is not None:
-            demand(rope, "interleaved", True)
-            demand(rope, "mrope_interleaved", True)
+            check_values(rope, interleaved=True, mrope_interleaved=True)
         more = {
             "num_experts": config.get("num_local_experts"),
             "mrope_section": rope.get("mrope_section"),
         }
         given = {name: value for name, value in more.items() if config.get(name) is None}
-        return known(cls, {"rope_theta": rope.get("rope_theta"), **config, **given})
+        return made(cls, {"rope_theta": rope.get("rope_theta"), **config, **given})
 
 
 @dataclass(frozen=True)
@@ -274,20 +259,11 @@ class VocoderConfig:
     decoder_dim: int
 
     def __post_init__(self) -> None:
-        values = vars(self)
-        lists, floats = ("upsampling_ratios", "upsample_rates"), ("rms_norm_eps", "rope_theta")
-        check_sizes(values, [name for name in values if name not in (*lists, *floats)])
-        check_lists(values, lists)
-        check_numbers(values, floats)
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size={self.hidden_size}: must be a multiple of "
-                f"{2 * self.num_attention_heads}, for heads of an even size"
-            )
-        if self.decoder_dim % 2 ** len(self.upsample_rates):
-            raise ValueError(
-                f"decoder_dim={self.decoder_dim}: must be halved {len(self.upsample_rates)} times"
-            )
+        check_fields(self)
+        values, halvings = vars(self), len(self.upsample_rates)
+        unit = 2 * self.num_attention_heads
+        check_multiple(values, "hidden_size", unit, "for heads of an even size")
+        check_multiple(values, "decoder_dim", 2**halvings, f"to be halved {halvings} times")
 
     @property
     def frame_samples(self) -> int:
@@ -297,35 +273,23 @@ class VocoderConfig:
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> VocoderConfig:
         """Read a `code2wav_config`."""
-        demand(config, "hidden_act", "silu")
-        demand(config, "attention_bias", False)
-        demand(config, "num_key_value_heads", config.get("num_attention_heads"))
-        return known(cls, {"rope_theta": _rope(config).get("rope_theta"), **config})
+        check_values(config, hidden_act="silu", attention_bias=False)
+        check_values(config, num_key_value_heads=config.get("num_attention_heads"))
+        return made(cls, {"rope_theta": _rope(config).get("rope_theta"), **config})
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """`rope_scaling`, or `rope_parameters` as newer files have it, of the usual kind."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"rope_scaling={rope!r}: must be an object")
-    demand(rope, "rope_type", "default")
+    rope = object_of(config, "rope_scaling") or object_of(config, "rope_parameters")
+    check_values(rope, rope_type="default")
     return rope
 
 
-def known(cls: type[_T], config: Mapping[str, Any]) -> _T:
+def made(kind: type[_T], config: Mapping[str, Any]) -> _T:
     """A dataclass of the entries that it knows; those that are null count as left out.
 
     Raises:
         ValueError: one that is needed is missing.
     """
-    fields = cls.__dataclass_fields__
-    required(config, [n for n, field in fields.items() if field.default is MISSING])
-    found = {name: config[name] for name in fields if config.get(name) is not None}
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
-
-
-def demand(config: Mapping[str, Any], name: str, value: Any) -> None:
-    """Refuse a config that has another value than this; it may leave it out."""
-    found = config.get(name)
-    if found is not None and found != value:
-        raise ValueError(f"{name}={found!r}: must be {value!r}")
+    required(config, [field.name for field in fields(kind) if field.default is MISSING])
+    return kind(**known(kind, config))

@@ -170,6 +170,7 @@ class Speech:
                         break
                     frames.send(frame.codes)
                     request.usage.generated_tokens += 1
+                    request.usage.speech_tokens += 1
                     step = following
         finally:
             self.lm.sampler.close(codes)

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mstar.engine.kernels.codec_conv import codec_conv, convolved
-from mstar.engine.kernels.dispatch import use_triton
-from mstar.engine.kernels.snake import snake
 from mstar.engine.layers.linear import linear
 from mstar.engine.weights import Source
 from mstar.models.qwen3_omni.sizes import VocoderConfig
@@ -87,38 +85,24 @@ class Synthesis(nn.Module):
         wanted = skip * self.config.frame_samples - self.tail if skip else 0
         *starts, last = self._starts(wanted)
         stem, *blocks, snake, out = self.decoder
-        layers = [
-            *((lambda x, up=up, mix=mix: mix(up(x))) for up, mix in self.upsample),
-            stem,
-            *blocks,
-            lambda x: out(snake(x)),
+        # Each layer of the decoder leaves the activation that the next one begins with.
+        acts = [*(block.block[0] for block in blocks), snake]
+        layers: list[Callable[[Tensor], tuple[Tensor, Tensor]]] = [
+            *((lambda x, up=up, mix=mix: 2 * (mix(up(x)[0]),)) for up, mix in self.upsample),
+            partial(stem.activated, after=acts[0]),
+            *(partial(block, after=act) for block, act in zip(blocks, acts[1:], strict=True)),
+            lambda x: 2 * (out(x),),
         ]
-        if use_triton(x):
-            layers[-len(blocks) - 2 :] = self._fused()
         rates = [*self.config.upsampling_ratios, 1, *self.config.upsample_rates, 1]
         found, begin = [], 0
         x = x.transpose(1, 2)
         for layer, start, rate in zip(layers, starts, rates, strict=True):
             start = max(start, 0)
-            x = layer(x[:, :, start - begin :])
+            y, x = layer(x[:, :, start - begin :])
             begin = start * rate
-            found.append(x)
+            found.append(y)
         found.append(x[:, 0, max(last, 0) - begin :].float().clamp(-1, 1))
         return found
-
-    def _fused(self) -> list[Callable[[Tensor], Tensor]]:
-        """The decoder in as many layers, each of which leaves the activation that the next one
-        begins with."""
-        stem, *blocks, snake, out = self.decoder
-        after = [*(block.block[0] for block in blocks), snake]
-        return [
-            lambda x: stem.fused(x, after[0])[1],
-            *(
-                partial(block.fused, after=act)
-                for block, act in zip(blocks, after[1:], strict=True)
-            ),
-            out,
-        ]
 
     def _starts(self, wanted: int) -> list[int]:
         """From which of its inputs on each stage needs them to make the samples from `wanted` on,
@@ -156,7 +140,7 @@ class _Conv(nn.Module):
         kernel = self.conv
         return convolved(x, kernel.weight, kernel.bias, dilation=self.dilation, groups=self.groups)
 
-    def fused(
+    def activated(
         self, x: Tensor, after: _Snake, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Its sum with a residual, and what `after` makes of that."""
@@ -182,15 +166,11 @@ class _Upsample(nn.Module):
         self.rate = rate
         self.conv = _Filter(inputs, width, taps, width=width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return codec_conv(x, self.conv.weight, self.conv.bias, rate=self.rate)[0]
-
-    def fused(self, x: Tensor, after: _Snake) -> tuple[Tensor, Tensor]:
-        """See `_Conv.fused`."""
-        activation = after.alpha, after.inverse
-        return codec_conv(
-            x, self.conv.weight, self.conv.bias, rate=self.rate, activation=activation
-        )
+    def forward(self, x: Tensor, after: _Snake | None = None) -> tuple[Tensor, Tensor | None]:
+        """See `_Conv.activated`."""
+        activation = None if after is None else (after.alpha, after.inverse)
+        weight, bias = self.conv.weight, self.conv.bias
+        return codec_conv(x, weight, bias, rate=self.rate, activation=activation)
 
 
 class _Snake(nn.Module):
@@ -201,9 +181,6 @@ class _Snake(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(width))
         self.inverse = nn.Parameter(torch.empty(width))  # 1 / (β + 1e-9)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return snake(x, self.alpha, self.inverse, dim=1)
 
 
 class _ConvNeXt(nn.Module):
@@ -235,26 +212,22 @@ class _Block(nn.Module):
             *(_Residual(width // 2, dilation) for dilation in _DILATIONS),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block(x)
-
-    def fused(self, x: Tensor, after: _Snake) -> Tensor:
-        """From its first activation's result to what `after` makes of its own."""
+    def forward(self, x: Tensor, after: _Snake) -> tuple[Tensor, Tensor]:
+        """From its first activation's result to its own, and what `after` makes of that."""
         _, up, *units = self.block
-        x, active = up.fused(x, units[0].act1)
+        x, active = up(x, units[0].act1)
         for unit, act in zip(units, [*(unit.act1 for unit in units[1:]), after], strict=True):
-            _, active = unit.conv1.fused(active, unit.act2)
-            x, active = unit.conv2.fused(active, act, x)
-        return active
+            _, active = unit.conv1.activated(active, unit.act2)
+            x, active = unit.conv2.activated(active, act, x)
+        return x, active
 
 
 class _Residual(nn.Module):
+    """x + conv2(act2(conv1(act1(x))))."""
+
     def __init__(self, width: int, dilation: int) -> None:
         super().__init__()
         self.act1 = _Snake(width)
         self.conv1 = _Conv(width, width, dilation=dilation)
         self.act2 = _Snake(width)
         self.conv2 = _Conv(width, width, taps=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.act2(self.conv1(self.act1(x)))).add_(x)

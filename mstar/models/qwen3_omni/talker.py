@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext
 from mstar.engine.layers.linear import linear
+from mstar.engine.layers.weight import Weight
 from mstar.models.qwen3_omni.code_predictor import CodePredictor
 from mstar.models.qwen3_omni.config import TalkerConfig
-from mstar.models.qwen3_omni.decoder import Decoder, Weight
+from mstar.models.qwen3_omni.decoder import Decoder
 
 __all__ = ["Talker"]
 

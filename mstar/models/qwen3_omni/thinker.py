@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext
 from mstar.engine.layers.linear import linear
-from mstar.models.qwen3_omni.decoder import Decoder, Weight
+from mstar.engine.layers.weight import Weight
+from mstar.models.qwen3_omni.decoder import Decoder
 from mstar.models.qwen3_omni.sizes import DecoderConfig
 
 __all__ = ["Thinker"]

@@ -30,18 +30,6 @@ class Tokenizer(FastTokenizer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(_open(folder))
-        self.folder = folder
-
-    def mark(self, text: str) -> int:
-        """The id of a mark.
-
-        Raises:
-            WeightsError: there is no such mark.
-        """
-        found = self._fast.token_to_id(text)
-        if found is None:
-            raise WeightsError(f"the tokenizer in {self.folder} has no {text}")
-        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids as users see it, without marks; bytes that are no text become U+FFFD."""

@@ -53,15 +53,6 @@ class Sampling:
     min_frames: int = 4
     max_frames: int = 768
 
-    def __post_init__(self) -> None:
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps={self.fps}: must be above 0, and at most 1000")
-        if not 1 <= self.min_frames <= self.max_frames:
-            raise ValueError(
-                f"min_frames={self.min_frames}, max_frames={self.max_frames}: must be at least 1, "
-                "and rise"
-            )
-
 
 def sampled(count: int, fps: float, sampling: Sampling) -> tuple[list[int], float]:
     """Which of `count` frames are taken, an even number of them, and how many that is in a second.

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.kernels.gated import silu_mul
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.layers.linear import linear
+from mstar.engine.layers.mlp import GatedMLP
 from mstar.engine.layers.rotary import Rotary, rotate
+from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
-from mstar.models.qwen3_omni.decoder import Weight, apart
+from mstar.models.qwen3_omni.decoder import apart
 from mstar.models.qwen3_omni.sizes import VocoderConfig
 from mstar.models.qwen3_omni.synthesis import Synthesis
 
@@ -51,13 +52,6 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
 
-class _MLP(nn.Module):
-    def __init__(self, config: VocoderConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-
 class _Scale(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -72,7 +66,7 @@ class _Layer(nn.Module):
         self.self_attn = _Attention(config)
         self.self_attn_layer_scale = _Scale(size)
         self.post_attention_layernorm = Weight(size)
-        self.mlp = _MLP(config)
+        self.mlp = GatedMLP(size, config.intermediate_size)
         self.mlp_layer_scale = _Scale(size)
 
 
@@ -180,7 +174,6 @@ class Vocoder(nn.Module):
             heads = (t.transpose(1, 2) for t in (q, k, v))
             h = F.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(1, 2).flatten(2)
             x = torch.addcmul(x, linear(h, own.o_proj.weight), layer.self_attn_layer_scale.scale)
-            h = rms_norm(x, layer.post_attention_layernorm.weight, eps)
-            h = silu_mul(linear(h, layer.mlp.gate_up_proj.weight))
-            x = torch.addcmul(x, linear(h, layer.mlp.down_proj.weight), layer.mlp_layer_scale.scale)
+            h = layer.mlp(rms_norm(x, layer.post_attention_layernorm.weight, eps))
+            x = torch.addcmul(x, h, layer.mlp_layer_scale.scale)
         return rms_norm(x, self.pre_transformer.norm.weight, eps)

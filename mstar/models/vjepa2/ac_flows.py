@@ -38,10 +38,11 @@ class WorldModel(AcNodes):
     """
 
     async def see(self, seen: Tensor, clip: bool = False) -> Tensor:
-        """The latents of frames; latents as they are."""
+        """The latents of frames; latents as they are, but in the run dtype, so that what was
+        captured for either serves both."""
         if seen.dtype == torch.uint8:
             return await self.encode(Seeing(seen, clip))
-        return seen.to(self.device)
+        return seen.to(self.device, self.predictor.predictor_norm.weight.dtype)
 
     async def one_pass(
         self,

@@ -18,7 +18,7 @@ from typing import Any
 
 from mstar.errors import InvalidRequest
 from mstar.models.control.pending import Pending
-from mstar.models.parameters import demand
+from mstar.models.parameters import demand, positive
 from mstar.models.vjepa2.ac_flows import WorldModel
 from mstar.models.vjepa2.ac_inputs import check_frames, rows
 from mstar.models.vjepa2.ac_requests import Search, search_of
@@ -57,6 +57,8 @@ class PlanningPolicy:
             rtc_training_max_delay=0,
             rtc={"execution_horizon": 1},
         )
+        fits = isinstance(rename, Mapping | None)
+        demand(fits, "rename", rename, "must be a map from names to names")
         self._rename = dict(rename or {})
         self.engine.run(partial(_ready, engine.model.world, search))
         self._goal: Latents | None = None
@@ -108,6 +110,7 @@ class PlanningPolicy:
         demand(goal is not None, "observation.goal", None, "there is no goal: see `aim`")
         encoded = isinstance(goal, Latents)
         if deadline_ms is not None:
+            deadline_ms = positive("deadline_ms", deadline_ms, 1e9)
             settings = {"budget_ms": deadline_ms * (1 - _SPARE), **settings}
         state = rows("observation.state", given["state"])[0, -1].numpy()
         try:

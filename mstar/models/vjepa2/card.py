@@ -74,16 +74,25 @@ PARAMETERS = Parameters(
         Parameter(
             "target_mask",
             token_ids,
-            help="those that it predicts, also behind the clip's last",
+            help="tokens that it predicts; those behind the clip's last are its future",
             **_IDS,
         ),
         Parameter("context_only", bool, False, help="encode context_mask alone, as training"),
-        Parameter("rollout_horizon", int, 0, low=0, help="how often what comes next is predicted"),
+        Parameter(
+            "rollout_horizon", int, 0, low=0, help="how many times what comes next is predicted"
+        ),
         STREAM,
         Parameter(
             "num_output_frames", int, 2, low=1, high=1024, help="frames that a step predicts"
         ),
-        Parameter("steps_ahead", int, 2, low=0, high=1024, help="tubelets up to what is predicted"),
+        Parameter(
+            "steps_ahead",
+            int,
+            2,
+            low=0,
+            high=1024,
+            help="tubelets from the clip to what is predicted: seconds * fps / tubelet size",
+        ),
         Parameter("classify", bool, False, help="labels and scores, of models with a classifier"),
         Parameter("top_k", int, 5, low=1, help="labels that are told, likeliest first"),
     ],

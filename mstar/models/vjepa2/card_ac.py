@@ -65,7 +65,7 @@ _PLANNING = [
         low=0,
         low_open=True,
         high=1e9,
-        help="milliseconds for the best plan so far",
+        help="milliseconds, after which the best plan so far is taken",
     ),
     Parameter("cost", str, "l1", choices=("l1", "l2", "cosine"), help="how far from the goal"),
 ]
@@ -80,7 +80,7 @@ PARAMETERS = Parameters(
             "clip",
             str,
             choices=("natural", "frames"),
-            help="one clip, or each frame by itself; by default as many as there are actions",
+            help="encode one clip, or each frame by itself; by default as there are actions for",
         ),
         Parameter("actions", array, help="changes of pose, one a frame", **_ROWS),
         Parameter("states", array, help="poses: x y z, roll pitch yaw, gripper", **_ROWS),
@@ -96,7 +96,7 @@ PARAMETERS = Parameters(
             "goal_image",
             _anything,
             accepts="an image: bytes, a pathlib.Path, an array, lists of pixels, or a data URL",
-            help="how it is to look; as an image beside a video",
+            help="how it is to look; images beside a video are the same",
         ),
         Parameter(
             "goal_hidden",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mstar.models.fields import check_fields, check_sizes, known, read_object
+from mstar.models.fields import check_fields, check_sizes, check_values, known, read_object
 
 __all__ = ["PUBLISHED", "BlockSizes", "EncoderSizes", "VJEPA2Config", "mlp_width"]
 
@@ -75,10 +75,7 @@ class VJEPA2Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.hidden_act != "gelu":
-            raise ValueError(f"hidden_act={self.hidden_act!r}: must be 'gelu'")
-        if self.in_chans != 3:
-            raise ValueError(f"in_chans={self.in_chans}: must be 3")
+        check_values(vars(self), hidden_act="gelu", in_chans=3)
         if self.crop_size < self.patch_size:
             raise ValueError(f"crop_size={self.crop_size}: must hold a patch of {self.patch_size}")
         _ = self.encoder, self.predictor, self.pooler(None)  # their own checks

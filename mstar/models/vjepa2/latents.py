@@ -58,6 +58,6 @@ def latents_of(field: str, value: Any) -> Tensor:
         found = value if is_tensor else torch.from_numpy(np.array(value, np.float32))
         if not found.is_floating_point() or not found.isfinite().all():
             raise ValueError
-    except (TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):  # a sparse tensor, say
         raise InvalidRequest(field, type(value).__name__, "must be finite latents") from None
     return found.detach()

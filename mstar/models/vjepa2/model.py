@@ -94,16 +94,7 @@ class VJepa2(Model):
             rule = pixel_rule(config.crop_size, file if size is None else None)
         except (OSError, TypeError, ValueError) as error:
             raise WeightsError(f"cannot use {file}: {error}") from error
-        networks = load_networks(
-            folder,
-            device=setup.device,
-            dtype=setup.dtype,
-            config=config,
-            pooler_heads=heads,
-            dummy=setup.dummy,
-            quantization=setup.quantization,
-            progress=setup.progress,
-        )
+        networks = load_networks(folder, config=config, pooler_heads=heads, **setup.filling)
         return cls(networks, rule, setup.device, longest)
 
     @property

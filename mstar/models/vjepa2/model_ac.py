@@ -36,16 +36,7 @@ class VJepa2Ac(Model):
 
     @classmethod
     def load(cls, setup: Setup) -> VJepa2Ac:
-        return cls(
-            load_ac_networks(
-                setup.folders["vjepa2_ac"],
-                device=setup.device,
-                dtype=setup.dtype,
-                dummy=setup.dummy,
-                quantization=setup.quantization,
-                progress=setup.progress,
-            )
-        )
+        return cls(load_ac_networks(setup.folders["vjepa2_ac"], **setup.filling))
 
     @property
     def nodes(self) -> Sequence[Node]:

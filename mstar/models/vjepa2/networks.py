@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mstar.engine.layers.quantized import Quantization
-from mstar.engine.weights import load, randomize
 from mstar.errors import WeightsError
+from mstar.models.base import filled
 from mstar.models.vjepa2.ac_config import AcConfig
 from mstar.models.vjepa2.ac_predictor import AcPredictor
 from mstar.models.vjepa2.classifier import Classifier
@@ -32,7 +31,7 @@ __all__ = [
 ]
 
 # Names of what is quantised: matrices of the transformers, not of the classifier.
-BLOCKS = r"^((encoder|predictor)\.)?(predictor_)?blocks\.\d+\.(attn|mlp)\."
+BLOCKS = r"^(predictor_)?blocks\.\d+\.(attn|mlp)\."
 _Networks = TypeVar("_Networks", bound=nn.Module)
 
 _WIDTH = ("encoder.patch_embed.proj.bias", "encoder.embeddings.patch_embeddings.proj.bias")
@@ -110,40 +109,23 @@ def find_config(folder: Path, size: str | None = None) -> VJEPA2Config:
 def load_networks(
     folder: Path, *, config: VJEPA2Config | None = None, pooler_heads: int | None = None, **how: Any
 ) -> VJEPA2:
-    """Networks of a config, by default that of the folder, as `_filled` has them."""
+    """Networks of a config, by default that of the folder, as `filled` has them."""
     with torch.device("meta"):
         networks = VJEPA2(config or find_config(folder), pooler_heads)
     return _filled(networks, folder, **how)
 
 
 def load_ac_networks(folder: Path, *, config: AcConfig | None = None, **how: Any) -> AcNetworks:
-    """Networks of a config, by default that of the folder, as `_filled` has them."""
+    """Networks of a config, by default that of the folder, as `filled` has them."""
     with torch.device("meta"):
         networks = AcNetworks(config or AcConfig.from_folder(folder))
     return _filled(networks, folder, **how)
 
 
-def _filled(
-    networks: _Networks,
-    folder: Path,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    dummy: bool = False,
-    quantization: Quantization | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> _Networks:
-    """Networks from "meta" with their weights, or with random ones if they are a `dummy`.
-
-    Raises:
-        WeightsError: a file is missing or wrong, or lacks a tensor.
-    """
-    if dummy:
-        return randomize(networks, device=device, dtype=dtype, quantization=quantization).eval()
-    checkpoint = Published(folder)
+def _filled(networks: _Networks, folder: Path, **how: Any) -> _Networks:
+    checkpoint = cache(lambda: Published(folder))
     for network in networks.children():
-        how = {"quantization": quantization, "progress": progress}
-        load(network, checkpoint, device=device, dtype=dtype, **how)
+        filled(network, checkpoint, **how)
     return networks.eval()
 
 

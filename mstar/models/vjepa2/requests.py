@@ -90,9 +90,9 @@ def frames_of(
         tubelet: a video must have as many frames; images need not.
         first: only so many of the frames, from the beginning; the others are not decoded.
     """
-    several = isinstance(value, list) and any(getattr(item, "ndim", 0) == 4 for item in value)
-    allowed = "one clip a request; generate_batch takes several requests"
-    demand(not several, field, "several clips", allowed)
+    if isinstance(value, list) and any(getattr(item, "ndim", 0) == 4 for item in value):
+        allowed = "one clip a request; generate_batch takes several requests"
+        raise InvalidRequest(field, f"{len(value)} clips", allowed)
     told = f"{len(value)} frames" if isinstance(value, list) else shown(value)
     try:
         video = open_video(value, _LONGEST)

@@ -1,19 +1,26 @@
 """Compiles every Triton kernel for real GPUs, with none present. Prints one JSON line per result.
 
 Run as ``python aot_compile.py 90 80 120`` (compute capabilities), outside Triton's interpreter.
-A line: {"kernel", "variant", "arch", "shared" (bytes per program) or "error"}. The first capability
-gets every variant; to save time the others get the first one of each kernel.
+A line: {"kernel", "variant", "arch", "shared" (bytes per program), "stack" (bytes per thread, which
+registers did not hold)}, or "error" instead of the last two. The first capability gets every
+variant; to save time the others get the first one of each kernel, and those in float32, whose tiles
+are the largest.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 import sys
 from multiprocessing import Pool
+from tempfile import NamedTemporaryFile
 from typing import Any
 
+import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +36,7 @@ from mstar.engine.kernels import (
     matvec,
     paged_decode,
     paged_extend,
+    paged_tiles,
     pair_rotary,
     quantize_rows,
     resize,
@@ -52,25 +60,17 @@ _ATTENTION = {
 }
 
 
-def _attention(dtype: str, dim: int, block_n: int, **more: Any) -> dict[str, Any]:
+def _attention(kernel: str, dtype: str, dim: int) -> dict[str, Any]:
+    """With the tile of a GPU that was not measured."""
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    q, pages = torch.empty(1, 24, dim, dtype=kind), torch.empty(1, 16, 8, dim, dtype=kind)
     return {
         **_ATTENTION,
         **dict.fromkeys(("q", "k_pages", "v_pages", "out"), f"*{dtype}"),
-        "DIM": dim,
-        "BLOCK_D": dim,
-        "BLOCK_N": block_n,
-        "PAGE_SIZE": 16,
-        "GROUP": 3,
-        "num_warps": 4 if block_n == 64 else 8,
-        "num_stages": 2,
-        **more,
+        **{"DIM": dim, "BLOCK_D": dim, "BLOCK_N": paged_tiles.block_keys(q), "PAGE_SIZE": 16},
+        **{"GROUP": 3, "MIN_CHUNK": 256, "BLOCK_G": 16},
+        **paged_tiles.tiles(kernel, q, pages)[1][0],
     }
-
-
-def _decode(dtype: str, dim: int, block_n: int, splits: int) -> dict[str, Any]:
-    more = {"KV_HEADS": 8, "SPLITS": splits, "LIMIT": 16, "MIN_CHUNK": 256, "BLOCK_G": 16}
-    values = _attention(dtype, dim, block_n, **more)
-    return values if splits > 1 else values | {"partial": f"*{dtype}"}
 
 
 def _plain(dtype: str, **more: Any) -> dict[str, Any]:
@@ -109,16 +109,15 @@ _CODEC = {
     **{"ADDED": True, "ACTIVE": True},
 }
 _RESIZE = {"x": "*u8", "table": "*i32", "out": "*u8", "NORMAL": False, "BLOCK": 1024, **_MEANS}
-_COMBINE = {"HEADS": 24, "DIM": 128, "SPLITS": 16, "BLOCK_S": 16, "BLOCK_D": 128, "num_warps": 4}
+_COMBINE = {"DIM": 128, "SPLITS": 16, "BLOCK_D": 128, "num_warps": 4}
 
 
 def _grouped(dtype: str, size: int, choice: dict[str, int], **more: Any) -> dict[str, Any]:
     """Qwen3-Omni's experts: 768 inside 2048."""
-    names = ("x", "gate_up", "down", "out")
-    tensors = dict.fromkeys(names, f"*{dtype}") | {"rows": "*i32", "owner": "*i32"}
-    tensors |= dict.fromkeys(("gate_up_scales", "down_scales"))  # but those of 8 bits
-    sizes = {"TOP_K": 8, "K": 2048, "N": 768, "COUNT": 128, "BLOCK_M": size, "ALONE": False}
-    return {**tensors, "scales": "*fp32", **sizes, **choice, **more}
+    tensors = dict.fromkeys(("x", "matrices", "out"), f"*{dtype}")
+    tensors |= {"matrix_scales": None, "rows": "*i32", "owner": "*i32", "scales": "*fp32"}
+    sizes = {"TOP_K": 8, "K": 2048, "N": 768, "COUNT": 128, "BLOCK_M": size}
+    return {**tensors, **sizes, "ALONE": False, "GATED": True, **choice, **more}
 
 
 def _scaled(x: str, weight: str, **more: Any) -> dict[str, Any]:
@@ -127,10 +126,9 @@ def _scaled(x: str, weight: str, **more: Any) -> dict[str, Any]:
     return {**tensors, "bias": "*bf16", "x_scales": None, **tile, **more}
 
 
-_EIGHT = dict.fromkeys(("gate_up_scales", "down_scales"), "*fp32")
-_EIGHT |= dict.fromkeys(("gate_up", "down"), "*i8")
+_INT8 = {"matrix_scales": "*fp32", "matrices": "*i8"}
 _E4M3_ROWS = {"x_scales": "*fp32", "bias": None, "BLOCK_M": 64, **scaled_product._TILES[2]}
-_E4M3 = _EIGHT | dict.fromkeys(("gate_up", "down"), "*fp8e4nv")
+_E4M3 = {"matrix_scales": "*fp32", "matrices": "*fp8e4nv"}
 _BYTES = {"x": "*bf16", "values": "*u8", "scales": "*fp32", "WIDTH": 3072, "BLOCK": 4096}
 _SAMPLE = {
     **dict.fromkeys(("logits", "extents"), "*fp32"),
@@ -148,6 +146,7 @@ _NO_TABLES = dict.fromkeys(("in_prompt", "in_output", "slots"))
 _NO_TABLES |= dict.fromkeys(("repetitions", "presences", "frequencies", "counted"))
 _ALONE = {"ALONE": True, "rows": "*i64", "owner": "*i64"}
 _FEW, _MANY = grouped_experts._FEW[0], grouped_experts._MANY[0]
+_SINGLE = grouped_experts._SINGLE[0]
 
 # (kernel, variant, {argument: constant, or type of a tensor or float}); the rest are int32.
 KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
@@ -158,12 +157,11 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (gated._gated_kernel, "bf16 gelu", _plain("bf16", SILU=False, BLOCK=1024)),
     (rotary_store._rotary_store_kernel, "bf16 normed", _plain("bf16", NORMED=True, **_ROTARY)),
     (pair_rotary._pair_rotary_kernel, "bf16", _plain("bf16", **_PAIRS)),
-    (paged_extend._extend_kernel, "bf16 wide", _attention("bf16", 256, 32, BLOCK_M=64)),
-    (paged_extend._extend_kernel, "bf16", _attention("bf16", 128, 64, BLOCK_M=64)),
-    (paged_extend._extend_kernel, "fp32", _attention("fp32", 128, 32, BLOCK_M=64)),
-    (paged_decode._decode_kernel, "bf16 split", _decode("bf16", 128, 64, splits=16)),
-    (paged_decode._decode_kernel, "bf16", _decode("bf16", 128, 64, splits=1)),
-    (paged_decode._decode_kernel, "fp32 split", _decode("fp32", 128, 32, splits=16)),
+    (paged_extend._extend_kernel, "bf16", _attention("paged_extend", "bf16", 128)),
+    (paged_extend._extend_kernel, "fp32", _attention("paged_extend", "fp32", 128)),
+    (paged_extend._extend_kernel, "fp32 wide", _attention("paged_extend", "fp32", 256)),
+    (paged_decode._decode_kernel, "bf16", _attention("paged_decode", "bf16", 128)),
+    (paged_decode._decode_kernel, "fp32 wide", _attention("paged_decode", "fp32", 256)),
     (paged_decode._combine_kernel, "bf16", _ATTENTION | {"out": "*bf16"} | _COMBINE),
     (
         l1_cost._l1_cost_kernel,
@@ -197,25 +195,28 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (sample_cut._fill_kernel, "", _SAMPLE),
     (sample_cut._list_kernel, "", _SAMPLE),
     (sample_cut._cut_kernel, "", _SAMPLE | _CUT),
-    (grouped_experts._gate_up_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
-    (grouped_experts._gate_up_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),
-    (grouped_experts._gate_up_kernel, "fp32", _grouped("fp32", 32, _FEW)),
-    (grouped_experts._gate_up_kernel, "e4m3", _grouped("bf16", 16, _FEW, **_E4M3)),
-    (grouped_experts._down_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
-    (grouped_experts._down_kernel, "int8 many", _grouped("bf16", 128, _MANY, **_EIGHT)),
-    (grouped_experts._down_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),
+    (grouped_experts._grouped_kernel, "bf16 many", _grouped("bf16", 128, _MANY)),
+    (grouped_experts._grouped_kernel, "bf16 alone", _grouped("bf16", 16, _FEW, **_ALONE)),
+    (grouped_experts._grouped_kernel, "fp32", _grouped("fp32", 32, _SINGLE)),
+    (grouped_experts._grouped_kernel, "e4m3", _grouped("bf16", 16, _FEW, **_E4M3)),
+    (grouped_experts._grouped_kernel, "down", _grouped("bf16", 128, _MANY, GATED=False)),
+    (
+        grouped_experts._grouped_kernel,
+        "down, int8, alone",
+        _grouped("bf16", 16, _FEW, GATED=False, **_INT8, **_ALONE),
+    ),
 ]
 
 
-def compile_kernel(kernel: Any, values: dict[str, Any], arch: int) -> int:
-    """Compile for one architecture; the shared memory of a program in bytes."""
+def compile_kernel(kernel: Any, values: dict[str, Any], arch: int) -> dict[str, int]:
+    """Compile for one architecture; what the kernel takes."""
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = values.get(name, "i32")
         if isinstance(value, str):
             signature[name] = value
-            # What a launch sees: aligned tensors, strides that are multiples of 16.
-            if value.startswith("*") or name.endswith("stride"):
+            # What a launch mostly sees: aligned tensors, sizes that are multiples of 16.
+            if value[0] in "*i" and name not in kernel.do_not_specialize:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "constexpr"
@@ -223,7 +224,13 @@ def compile_kernel(kernel: Any, values: dict[str, Any], arch: int) -> int:
     options = {key: values[key] for key in ("num_warps", "num_stages") if key in values}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return compiled.metadata.shared
+    with NamedTemporaryFile() as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack = int(re.search(r"STACK:(\d+)", used).group(1))
+    return {"shared": compiled.metadata.shared, "stack": stack}
 
 
 def _result(task: tuple[int, int]) -> dict[str, Any]:
@@ -231,7 +238,7 @@ def _result(task: tuple[int, int]) -> dict[str, Any]:
     kernel, variant, values = KERNELS[index]
     result = {"kernel": kernel.__name__, "variant": variant, "arch": arch}
     try:
-        return {**result, "shared": compile_kernel(kernel, values, arch)}
+        return result | compile_kernel(kernel, values, arch)
     except Exception as error:
         return {**result, "error": f"{type(error).__name__}: {error}"}
 
@@ -239,8 +246,9 @@ def _result(task: tuple[int, int]) -> dict[str, Any]:
 def main() -> None:
     every, *others = map(int, sys.argv[1:])
     first = {kernel.__name__: i for i, (kernel, *_) in reversed(list(enumerate(KERNELS)))}
+    some = {*first.values(), *(i for i, row in enumerate(KERNELS) if "fp32" in row[1])}
     tasks = [(every, i) for i in range(len(KERNELS))]
-    tasks += [(arch, i) for arch in others for i in first.values()]
+    tasks += [(arch, i) for arch in others for i in some]
     with Pool(min(4, os.cpu_count() or 1)) as pool:
         for result in pool.imap_unordered(_result, tasks):
             print(json.dumps(result), flush=True)

@@ -55,3 +55,15 @@ def test_the_kernel_matches_torch(shape, small, dtype):
         expected = ada_norm_torch(x, scale, shift, 1e-6, *more)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, **near)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_model_sizes_on_a_gpu(dtype):
+    x, added, scale, shift, gate = inputs((16, 256, 1024), (16, 1, 1024), dtype)
+    normed, total = ada_norm(x, scale, shift, 1e-6, added, gate)
+    near = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    torch.testing.assert_close(total.double(), x.double() + gate * added.double(), **near)
+    wide = total.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale + shift
+    torch.testing.assert_close(normed.double(), expected, **near)

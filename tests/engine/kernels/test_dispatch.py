@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
+from mstar import Engine, InvalidRequest
 from mstar.engine.kernels.dispatch import next_power_of_2, use_triton
+from mstar.models import loading
 
 WITHOUT_TRITON = """
 import sys
@@ -38,6 +40,16 @@ def test_a_cuda_tensor_takes_the_triton_path_where_triton_is_installed() -> None
 
 def test_every_kernel_imports_and_runs_on_cpu_without_triton() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True)
+
+
+@pytest.mark.parametrize(("counted", "said"), [(0, "0 GPUs are to be seen"), (1, "Triton")])
+def test_a_gpu_that_cannot_be_used_is_refused_with_the_reason(
+    counted: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
+    monkeypatch.setattr(loading, "triton", None)
+    with pytest.raises(InvalidRequest, match=f"device.*cuda:0.*{said}"):
+        Engine("pi05-tiny", device="cuda:0")
 
 
 @pytest.mark.parametrize(("n", "power"), [(1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (1000, 1024)])

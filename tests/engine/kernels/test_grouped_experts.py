@@ -166,3 +166,14 @@ def test_a_captured_graph_serves_every_routing() -> None:
         given[2].copy_(torch.rand(32, below, device="cuda").argsort(-1)[:, :4] % below)
         graph.replay()
         torch.testing.assert_close(out, run_experts(*given), atol=0, rtol=0)
+
+
+@pytest.mark.gpu
+def test_the_router_of_model_size_on_a_gpu() -> None:
+    logits = 3 * torch.randn(4096, 128, generator=torch.Generator().manual_seed(0))
+    logits = logits.to("cuda", torch.bfloat16)
+    weights, experts = route(logits, 8)
+    shares = logits.double().softmax(-1).gather(1, experts)
+    expected = shares / shares.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights.double(), expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(shares, logits.double().softmax(-1).topk(8)[0])

@@ -38,3 +38,12 @@ def test_nothing_is_written_to():
     l1_cost(x, goal, None)
     assert torch.equal(x, before[0])
     assert torch.equal(goal, before[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+def test_model_sizes_on_a_gpu(dtype):
+    x, goal = latents((33, 256, 1408), dtype, "cuda")
+    wide = F.layer_norm(x.double(), x.shape[-1:], eps=1e-5)
+    expected = (wide - goal.double()).abs().mean((1, 2))
+    torch.testing.assert_close(l1_cost(x, goal, 1e-5).double(), expected, atol=1e-5, rtol=1e-5)

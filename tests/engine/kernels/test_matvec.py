@@ -40,17 +40,34 @@ def test_leading_dimensions_stay(triton_device: str) -> None:
     torch.testing.assert_close(found, linear(x, weight).view(2, 1, 16), atol=1e-4, rtol=1e-5)
 
 
-def test_it_is_used_only_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    x, weight, _ = inputs(2, 16, 64, torch.bfloat16, "cpu")
-    known = {(MATVEC, matvec_shape(2, weight)): matvec_choices(2)[1]}
-    monkeypatch.setattr(
-        matvec, "measured", lambda kernel, shape, device: known.get((kernel, shape))
-    )
+def test_it_is_used_only_where_it_is_faster_than_the_library(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, _ = inputs(2, 16, 64, torch.float16, triton_device)
+    found, products = {}, []
+
+    def best(kernel: str, shape: str, choices, run, device):
+        assert (kernel, shape) == (MATVEC, matvec_shape(2, weight))
+        products.extend(run(choice) for choice in choices)
+        return found.get(shape, choices[0])
+
+    monkeypatch.setattr(matvec, "best", best)
+    assert matvec_choice(x, weight) is None
+    for product in products:
+        torch.testing.assert_close(product, products[0], atol=1e-2, rtol=1e-2)
+    found[matvec_shape(2, weight)] = matvec_choices(2)[1]
     assert matvec_choice(x, weight) == matvec_choices(2)[1]
-    assert matvec_choice(x[:1], weight) is None
+    assert len(products) == 2 * (1 + len(matvec_choices(2)))
+    # These are no batches of a decode step, or nothing that it could be faster at.
     assert matvec_choice(x.repeat(8, 1), weight) is None
-    known[MATVEC, matvec_shape(2, weight)] = {"BLOCK_N": 7}  # of an older version
+    assert matvec_choice(x[:1].repeat(3, 1), weight) is None
+    assert matvec_choice(x.float(), weight.float()) is None
+    assert matvec_choice(x, weight.T.contiguous().T) is None
+
+
+def test_without_a_gpu_nothing_is_measured() -> None:
+    pytest.importorskip("triton")
+    x, weight, _ = inputs(1, 16, 64, torch.bfloat16, "cpu")
     assert matvec_choice(x, weight) is None
 
 

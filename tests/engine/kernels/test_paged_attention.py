@@ -7,6 +7,7 @@ import torch
 from attention_cases import CASES, Case, make_case, reference
 
 from mstar.engine.kernels import paged_attention as module
+from mstar.engine.kernels import paged_decode, paged_tiles
 from mstar.engine.kernels.paged_attention import paged_attention, paged_attention_triton
 from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
 from mstar.engine.kernels.paged_decode import paged_decode_triton
@@ -15,6 +16,13 @@ from mstar.engine.kernels.paged_tiles import DECODE, EXTEND, tiles
 
 LONG = Case("long", [(1, 100, True), (1, 7, True), (1, 33, True), (1, 64, True)], page_size=16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a millisecond for each of them."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(paged_decode, "_MOST", 8)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -143,6 +151,32 @@ def test_every_tile_gives_the_same(case: Case, triton_device: str) -> None:
         torch.testing.assert_close(out.double().cpu(), expected, atol=2e-6, rtol=0)
 
 
+@pytest.mark.parametrize("pages", [3, 40])
+def test_tiles_are_measured_over_the_pool_which_is_only_read(
+    pages: int, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def best(kernel: str, shape: str, choices, run, device):
+        tried.extend((kernel, run(choice).isfinite().all()) for choice in choices)
+        return choices[-1]
+
+    monkeypatch.setattr(paged_tiles, "best", best)
+    monkeypatch.setattr(paged_tiles, "_MEASURED", {DECODE: (3, 1, 20), EXTEND: (1, 17, 17)})
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(2, pages, 4, 2, 16, generator=generator).to(triton_device)
+    before = pool.clone()
+    q = torch.randn(4, 4, 16, generator=generator).to(triton_device)
+    batch = PagedBatch([3, 1], [3, 5], [[2], [0, 1]], [True, True], 4)
+    out = paged_attention_triton(q, *pool, batch.tensors_on(q.device), 1.0)
+    torch.testing.assert_close(
+        out.double().cpu(), reference(q, *pool, batch, 1.0), atol=2e-6, rtol=0
+    )
+    assert [kernel for kernel, _ in tried] == [EXTEND] * 4 + [DECODE] * 4
+    assert all(finite for _, finite in tried)
+    assert torch.equal(pool, before)
+
+
 def test_the_kernels_read_strided_pools_and_queries(triton_device: str) -> None:
     q, k, v, batch, scale = make_case(CASES[0], torch.float32, triton_device)
     pool = torch.stack([k, v], dim=1)
@@ -158,6 +192,25 @@ def test_decode_split_over_the_sequence_matches_the_reference(triton_device: str
     torch.testing.assert_close(
         out.double().cpu(), reference(q, k, v, batch, scale), atol=2e-6, rtol=0
     )
+
+
+def test_no_width_of_a_table_needs_a_kernel_of_its_own(
+    triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a kernel is compiled for must be the same in every step: nothing is compiled late."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):
+            return lambda *given, **constants: launched.append((grid[1:], constants))
+
+    for name in ("_decode_kernel", "_combine_kernel"):
+        monkeypatch.setattr(paged_decode, name, Kernel())
+    for width in (1, 3, 64, 1000):
+        batch = PagedBatch([1], [16 * width], [range(width)], [True], 16)
+        q, pages = torch.zeros(1, 4, 16), torch.zeros(1, 16, 2, 16)
+        paged_decode_triton(q, pages, pages, batch.tensors_on(q.device), 1.0)
+    assert launched == launched[:2] * 4
 
 
 def test_a_sequence_decodes_to_the_same_bits_whatever_else_is_in_the_batch(

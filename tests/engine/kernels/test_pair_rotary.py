@@ -46,3 +46,12 @@ def test_the_kernel_matches_torch(shape, own_tables, dtype, triton_device):
         atol=TOLERANCE[dtype],
         rtol=TOLERANCE[dtype],
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_model_sizes_on_a_gpu(dtype):
+    x, own, other = made((2, 1000, 2, 22, 64), False, dtype, "cuda")
+    expected = pair_rotary_torch(x.cpu().float(), own.cpu(), other.cpu())
+    found = pair_rotary(x, own, other).cpu().float()
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])

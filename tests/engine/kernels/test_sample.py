@@ -250,9 +250,9 @@ def test_the_steps_match_the_reference_notes():
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.95, 0.999, 0.9999999])
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
-@pytest.mark.parametrize("spread", [0.3, 2.0, 6.0])
-def test_the_short_cut_for_small_nuclei_finds_the_same_tokens(monkeypatch, top_p, min_p, spread):
-    params = SamplingParams(temperature=0.7, top_p=top_p, min_p=min_p)
+@pytest.mark.parametrize(("spread", "top_k"), [(0.3, 0), (2.0, 0), (6.0, 0), (2.0, 50), (30.0, 7)])
+def test_the_short_cut_finds_the_same_tokens(monkeypatch, top_p, min_p, spread, top_k):
+    params = SamplingParams(temperature=0.7, top_p=top_p, min_p=min_p, top_k=top_k)
     chance = np.random.default_rng(0)
     found = 0
     for _ in range(20):
@@ -261,14 +261,15 @@ def test_the_short_cut_for_small_nuclei_finds_the_same_tokens(monkeypatch, top_p
         logits[peaks] = chance.choice([9.0, 12.0, 20.0, 20.0], 6)  # with ties
         logits[peaks[0]] = 20.0
         top = float(logits.max())
-        short = sample._small_nucleus(logits, top, params)
+        short = sample._few(logits, top, params)
         with monkeypatch.context() as patch:
-            patch.setattr(sample, "_small_nucleus", lambda *_: None)
+            patch.setattr(sample, "_few", lambda *_: None)
             ids, weights = sample._survivors(logits, top, params)
         ids, weights = ids[weights > 0], weights[weights > 0]
         if short is not None:
             found += 1
-            assert short[0].tolist() == ids.tolist()
-            np.testing.assert_array_equal(short[1], weights)
-    if spread == 0.3 and top_p < 0.99:
+            order = short[0].argsort()
+            assert short[0][order].tolist() == ids.tolist()
+            np.testing.assert_array_equal(short[1][order], weights)
+    if top_k or (spread == 0.3 and top_p < 0.99):
         assert found == 20

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,23 @@ def test_a_folder_that_cannot_be_written_costs_only_the_measuring(tmp_path: Path
     table = Table(tmp_path / "none.json", tmp_path / "file" / "own.json")
     table.set("k", "1", {"BLOCK": 1})
     assert table.get("k", "1") == {"BLOCK": 1}
+
+
+@pytest.mark.parametrize("kept", ["home", "cache", "nowhere"])
+def test_a_table_is_kept_where_the_user_keeps_such_things(
+    kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's user may have no home, and no entry in the list of users."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"NVIDIA X{index} (80 GB)")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if kept == "cache":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if kept == "nowhere":
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    tuning._table.__wrapped__(1).set("k", "1", {"BLOCK": 1})
+    (file,) = (tmp_path / kept).rglob("*.json")
+    assert file.name.startswith("nvidia-x1-80-gb-triton-")
+    assert file.parent.name == "tuned"

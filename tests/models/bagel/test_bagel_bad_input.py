@@ -44,6 +44,7 @@ BAD = [
     ({"text": "x", "audio": b"RIFF"}, "audio", "takes text, image only"),
     ({"text": "x", "output_modalities": ("audio",)}, "output_modalities", "has text, image only"),
     ({"text": "x", "output_modalities": ()}, "output_modalities", "at least one"),
+    ({"text": "x", "output_modalities": [["text"]]}, "output_modalities", "list of modalities"),
     ({"text": "x", "output_modalities": ("text", "image"), "think": False}, "think", "leave it"),
     ({"text": "x", "width": 64}, "width", "is for images"),
     ({"text": "x", "latents": np.zeros((16, 64))}, "latents", "is for images"),
@@ -65,6 +66,7 @@ BAD = [
     ({"text": "x", **IMAGE, "latents": np.zeros((3, 64))}, "latents", "must be (64, 64)"),
     ({"text": "x", **IMAGE, "latents": "noise"}, "latents", "array of numbers"),
     ({"text": "x", **IMAGE, "latents": [[float("inf")]]}, "latents", "finite"),
+    ({"text": "x", **IMAGE, "latents": np.full((64, 64), 1e300)}, "latents", "finite"),
     ({"text": "x", **IMAGE, "vae_noise": np.zeros((1, 2))}, "vae_noise", "0 input images"),
     (
         {"text": "x", **IMAGE, "num_images": 2, "latents": np.zeros((64, 64))},

@@ -283,6 +283,15 @@ def test_a_picture_is_encoded_once_for_all_questions():
         assert engine.stats()["nodes"]["vision"]["calls"] == 1
 
 
+def test_what_encoders_make_of_a_picture_is_kept():
+    asked = {"text": "Red.", "images": file_of("image0.png"), "output_modalities": ("image",)}
+    with Engine("bagel-tiny", prefix_cache=False) as engine:
+        for seed in range(2):
+            engine.generate(**asked, num_timesteps=2, seed=seed)
+        nodes = engine.stats()["nodes"]
+    assert (nodes["vision"]["calls"], nodes["encode"]["calls"]) == (1, 1)
+
+
 def test_text_of_a_thought_comes_before_the_image(engine):
     case = request_of(CASES["t2i_think"])
     events = list(engine.generate(**{**case, "output_modalities": ("text", "image")}, stream=True))

@@ -75,4 +75,4 @@ def test_the_first_and_the_last_window_are_the_golden_ones(codec):
 
 def test_samples_are_truncated_to_int16(codec):
     golden = GOLDEN["c0.stream_chunk0_i16"].numpy()
-    assert np.array_equal(to_pcm16(GOLDEN["c0.stream_chunks"][0]), golden)
+    assert np.array_equal(to_pcm16(GOLDEN["c0.stream_chunks"][0].numpy()), golden)

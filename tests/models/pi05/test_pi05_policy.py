@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +138,10 @@ def test_a_robot_that_the_policy_was_not_made_for(engine):
         ({"images": ["front"]}, "robot.images", "must be a map from names to names"),
         ({"images": {"base_0_rgb": "x"}, "state": {"q": "8"}}, "robot.state", "or None for any"),
         ({"preset": "droid", "delta": "joints"}, "robot.delta", "must be a list"),
+        ({"preset": "droid", "delta": [[1], [2, 3]]}, "robot.delta", "a list of true and false"),
+        ({"preset": "droid", "unused": [1]}, "robot.unused", "must be a list of names"),
+        ({"preset": "droid", "prompt": 3}, "robot.prompt", "must be a name"),
+        ({"preset": "droid", "encode_state": "f"}, "robot.encode_state", "must be a function, or"),
         ({"preset": "droid", "action_dim": 0}, "robot.action_dim", "must be at least 1"),
         ({"preset": "droid", "run": "8"}, "robot.run", "must be at least 1, or None"),
         ({"preset": "droid", "fps": "15"}, "robot.fps", "must be above 0"),
@@ -363,12 +368,17 @@ def test_select_action(policy, seen, goldens, engine):
     assert engine.stats()["nodes"]["read"]["calls"] - before == 3
 
 
-def test_batches_are_as_many_observations(policy, seen, goldens):
+@pytest.fixture
+def both(seen, goldens):
+    """Two observations in a batch."""
+    images = {key: np.stack([seen[key], seen[key][::-1]]) for key in seen if "images" in key}
     other = goldens.observation(1)
+    states = [seen["observation.state"], other["state"]]
+    return {**images, "observation.state": states, "task": [seen["task"], other["task"]]}
+
+
+def test_batches_are_as_many_observations(policy, both):
     noise = np.random.default_rng(0).standard_normal((2, 10, 32)).astype(np.float32)
-    both = {key: np.stack([seen[key], seen[key][::-1]]) for key in seen if "images" in key}
-    both |= {"observation.state": [seen["observation.state"], other["state"]]}
-    both |= {"task": [seen["task"], other["task"]]}
     rows = [{key: value[row] for key, value in both.items()} for row in range(2)]
     alone = [policy.infer(row, noise=x)["actions"] for row, x in zip(rows, noise, strict=True)]
     assert np.array_equal(policy.select_action(both, noise=noise), np.stack(alone)[:, 0])
@@ -379,8 +389,42 @@ def test_batches_are_as_many_observations(policy, seen, goldens):
     assert np.array_equal(found[1:], one)
     shared = policy.predict_action_chunk({**both, "task": "wait"}, seed=1)
     assert shared.shape == (2, 10, 7)
-    with pytest.raises(InvalidRequest, match=r"observation/state='1 rows': must be 2, as of im"):
-        policy.predict_action_chunk({**both, "observation.state": both["observation.state"][:1]})
+
+
+def test_rows_of_what_nobody_knows_do_not_count(policy, both, seen):
+    unknown = {"depth": np.zeros((5, 8, 8, 1)), "notes": ["a", "b", "c"]}
+    for batch in (both, seen):
+        expected = policy.predict_action_chunk(batch, seed=1)
+        found = policy.predict_action_chunk({**batch, **unknown}, seed=1)
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "params", "says"),
+    [
+        ({"observation.state": [[0.0] * 8]}, {}, "observation/state='1 rows': must be 2, as of im"),
+        ({}, {"noise": np.zeros((3, 10, 32))}, "noise='3 rows': must be 2, as of images"),
+        ({}, {"prev_chunk_left_over": np.zeros((1, 5, 7))}, "over='1 rows': must be 2, as of im"),
+        ({}, {"noise": [[1], [2, 3]]}, "noise=.*must be an array of numbers"),
+    ],
+)
+def test_batches_of_which_rows_are_missing(wrong, params, says, policy, both):
+    with pytest.raises(InvalidRequest, match=says):
+        policy.predict_action_chunk({**both, **wrong}, **params)
+
+
+def test_a_batch_with_a_fault_is_given_up_as_a_whole(policy, both, monkeypatch):
+    given_up = []
+
+    def begin(observation, **_):
+        if observation["task"] == "fall":
+            raise InvalidRequest("task", "fall", "is no task")
+        return SimpleNamespace(cancel=lambda: given_up.append(observation["task"]))
+
+    monkeypatch.setattr(policy, "begin", begin)
+    with pytest.raises(InvalidRequest, match="is no task"):
+        policy.select_action({**both, "task": ["stand", "fall"]})
+    assert given_up == ["stand"]
 
 
 def test_select_action_knows_no_real_time_chunking(policy, seen, goldens):

@@ -278,6 +278,13 @@ def test_literally_what_is_left_is_lengthened_with_zeros(run):
     assert not left[3:].any()
 
 
+def test_the_longest_of_the_recent_latencies_is_expected(run, monkeypatch):
+    monkeypatch.setattr("mstar.models.control.runner._RECENT", 2)
+    runner = run(rtc="guided", queue_threshold=ROWS)
+    asked = [feed(runner, obs, end) for obs, end in enumerate((8.0, 0.5, 0.125, 0.25, 0.0))]
+    assert [each.get("inference_delay") for each in asked] == [None, 0, 5, 5, 3]
+
+
 def test_trained_delays_are_no_longer_than_those_trained_for():
     policy = Fake(max_delay=2)
     with PolicyRunner(policy, 10, rtc=True, queue_threshold=10, clock=lambda: policy.now) as runner:

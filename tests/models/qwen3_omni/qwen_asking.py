@@ -73,6 +73,7 @@ def assert_golden(index, result):
         assert result.usage.generated_tokens == tokens
         return
     assert result.usage.generated_tokens == tokens + case["frames"]  # not counting the end
+    assert result.usage.speech_tokens == case["frames"]
     found = result.audio.pcm
     assert len(found) == case["samples"]
     if f"{index}.wav" in GOLDEN:

@@ -155,6 +155,7 @@ def test_a_film_is_seen_and_if_asked_for_heard(engine):
     tokens = engine.model.omni.audio.config.tokens
     assert silent.usage.image_tokens == sounding.usage.image_tokens == 12
     more = sounding.usage.prompt_tokens - silent.usage.prompt_tokens
+    assert (silent.usage.audio_tokens, sounding.usage.audio_tokens) == (0, more - 2)
     assert tokens(200) <= more - 2 <= tokens(210)  # the codec may pad; two marks
     assert mute.text == silent.text
     assert mute.usage.prompt_tokens == silent.usage.prompt_tokens

@@ -215,9 +215,6 @@ def test_which_frames_are_seen():
     assert sampled(0, 30.0, Sampling()) == ([], 2.0)
     places, fps = sampled(100_000, 25.0, Sampling(max_frames=101))
     assert (len(places), fps) == (100, pytest.approx(0.025))
-    for wrong in ({"fps": 0}, {"fps": float("nan")}, {"min_frames": 9, "max_frames": 8}):
-        with pytest.raises(ValueError, match="must be"):
-            Sampling(**wrong)
 
 
 def test_frames_of_a_file_are_those_that_were_chosen():

@@ -13,6 +13,7 @@ from mstar.models.base import Inputs
 from mstar.models.qwen3_omni.positions import interleaving, of_video_with_sound
 from mstar.models.qwen3_omni.prompt import Heard, Pictured, chat_pieces, lay_out
 from mstar.models.qwen3_omni.speech import OPENING, speaker_id, user_rows
+from mstar.models.qwen3_omni.template import check_template
 from mstar.models.qwen3_omni.tokenizer import Tokenizer
 from mstar.models.qwen3_omni.vision import Grid
 from mstar.models.turns import turns_of
@@ -43,8 +44,6 @@ def test_faults_of_tokenizers_are_told(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(WeightsError, match="no tokenizer can be made"):
         Tokenizer(tmp_path)
-    with pytest.raises(WeightsError, match="has no <nothing>"):
-        Tokenizer(TINY).mark("<nothing>")
     with pytest.raises(InvalidRequest, match="surrogate"):
         Tokenizer(TINY).encode("a\ud800")
 
@@ -55,7 +54,7 @@ def test_the_tokenizer_for_dummy_weights_has_the_published_marks():
     text += "<|im_start|>assistant"
     published = [151644, 872, 198, 151669, 151675, 151670, 151645, 198, 151644, 77091]
     assert tokenizer.encode(text) == published
-    assert [tokenizer.mark(m) for m in ("<|image_pad|>", "<tts_pad>")] == [151655, 151671]
+    assert tokenizer.encode("<|image_pad|><tts_pad>") == [151655, 151671]
     said = "Any text: é, 漢字."
     assert tokenizer.decode(tokenizer.encode(said)) == said
 
@@ -70,6 +69,20 @@ def test_the_chat_template(loop):
     assert list(chat_pieces(said, [])) == [whole]
     silent = list(chat_pieces(said, [], enable_thinking=False))
     assert silent == [whole + "<think>\n\n</think>\n\n"]
+
+
+def test_a_checkpoint_with_another_template_is_told(tmp_path, caplog):
+    check_template(TINY)
+    check_template(FULL)  # has none
+    assert not caplog.messages
+    text = (TINY / "chat_template.json").read_text()
+    for change in (("|>assistant", "|>model"), ("{%- endif", "{%- end")):
+        (tmp_path / "chat_template.json").write_text(text.replace(*change))
+        check_template(tmp_path)
+    another, broken = caplog.messages
+    assert str(tmp_path) in another
+    assert "not the published one" in another
+    assert "cannot be read" in broken
 
 
 def test_media_stand_between_their_marks():

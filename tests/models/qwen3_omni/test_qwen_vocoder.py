@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 
-from mstar.models.qwen3_omni import synthesis
-
 STAGES = {
     "upsample0.1": 0,
     "upsample1.1": 1,
@@ -28,19 +26,8 @@ def test_every_stage_is_that_of_the_reference(goldens, loop):
     for name, index in STAGES.items():
         goldens.check(f"c2w.{name}", stages[index])
     for index, before in enumerate((rows.transpose(1, 2), stages[0])):
-        goldens.check(f"c2w.upsample{index}.0", vocoder.synthesis.upsample[index][0](before))
+        goldens.check(f"c2w.upsample{index}.0", vocoder.synthesis.upsample[index][0](before)[0])
     goldens.check("c2w.wav", stages[-1][:, None])
-
-
-@pytest.mark.parametrize("skip", [0, 10])
-def test_convolutions_fused_with_activations_give_the_same_samples(skip, loop, monkeypatch):
-    """As a GPU runs them; here each in plain torch."""
-    draw = torch.Generator().manual_seed(0)
-    rows = torch.randn(2, 14, loop.vocoder.config.hidden_size, generator=draw)
-    plain = loop.vocoder.synthesis(rows, skip)
-    monkeypatch.setattr(synthesis, "use_triton", lambda x: True)
-    fused = loop.vocoder.synthesis(rows, skip)
-    assert torch.equal(fused, plain)
 
 
 @pytest.mark.gpu

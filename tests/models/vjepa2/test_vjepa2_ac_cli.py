@@ -83,14 +83,29 @@ def test_the_same_requests_over_http():
             seed=1,
             output_modalities=("action", "latent"),
         )
+        scored = {name: ARRAYS[f"clip_mpc_{name}"] for name in ("actions", "states", "goal_hidden")}
         chosen = MStarClient(site.url).generate(
             video=("clip.png", clip),
             mpc=True,
-            actions=ARRAYS["clip_mpc_actions"],
-            states=ARRAYS["clip_mpc_states"],
-            goal_hidden=ARRAYS["clip_mpc_goal_hidden"],
             output_modalities=("scalar", "tensor", "video"),
+            **scored,
         )
+        scored = {"mpc": True, **{name: array.tolist() for name, array in scored.items()}}
+        replies = [
+            site.post(
+                data={
+                    "output_modalities": words,
+                    "model_kwargs": json.dumps(scored),
+                    "streaming": streaming,
+                },
+                files={"files": ("clip.png", clip)},
+            )
+            for words, streaming in (
+                ("scalar,tensor,video", "false"),
+                ("scalar,tensor", "true"),
+                ("video", "false"),
+            )
+        ]
         refused = site.post(
             data={"model_kwargs": json.dumps({**asked, "rollout_horizon": 9})},
             files={"files": ("clip.png", clip)},
@@ -110,5 +125,19 @@ def test_the_same_requests_over_http():
     assert chosen.raw[0].metadata["best_index"] == ARRAYS["clip_mpc_costs_l1"].argmin()
     close(chosen.latents[0], "clip_mpc_costs_l1", 1e-5)
     close(chosen.latents[1], "clip_mpc_predicted")
+    whole, lined, only = replies
+    outputs = whole.json()["outputs"]
+    assert {name: len(entries) for name, entries in outputs.items()} == dict.fromkeys(
+        ("tensor", "scalar", "video"), 1
+    )
+    (best,) = np.frombuffer(base64.b64decode(outputs["scalar"][0]["data"]), "<i8")
+    assert best == ARRAYS["clip_mpc_costs_l1"].argmin()
+    costs = np.frombuffer(base64.b64decode(outputs["tensor"][0]["data"]), "<f4")
+    close(costs, "clip_mpc_costs_l1", 1e-5)
+    assert outputs["video"][0]["metadata"]["shape"] == list(ARRAYS["clip_mpc_predicted"].shape)
+    lines = [json.loads(line)["modality"] for line in lined.text.splitlines()]
+    assert lines[:-1] == ["tensor", "scalar"]  # what was not asked for, and is large, is not made
+    shapes = {k: [e["metadata"]["shape"] for e in v] for k, v in only.json()["outputs"].items()}
+    assert shapes == {"latent": [[6]], "video": [[6, 48, 66]]}
     assert refused.status_code == 400
     assert "rollout_horizon" in refused.text

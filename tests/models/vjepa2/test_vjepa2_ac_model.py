@@ -14,6 +14,7 @@ from vjepa2_ac_data import ARRAYS, SEARCHES, TINY, close
 
 from mstar import Engine, InvalidRequest, RequestCancelled
 from mstar.engine.captured import CapturedSteps
+from mstar.models.vjepa2.ac_requests import Search
 from mstar.models.vjepa2.cem import Budget, Cem
 from tests.recording import replays
 
@@ -313,10 +314,20 @@ def test_nothing_is_captured_within_a_budget():
         assert len(captured) == 2 + 10  # to encode; 1, 2, 4 ... 256 and all 400 candidates
         policy = engine.policy({"horizon": 3, "samples": 20})
         count = len(captured)
-        engine.plan(CLIP[0], CLIP[5], POSES[0], budget_ms=500, iterations=3, seed=0)
+        for goal in (CLIP[5], engine.encode(CLIP[5]).numpy()):
+            engine.plan(CLIP[0], goal, POSES[0], budget_ms=500, iterations=3, seed=0)
         seen = {"image": CLIP[0], "state": POSES[0], "goal": CLIP[5]}
         policy.infer(seen, deadline_ms=10**5)
         assert len(captured) == count
+
+
+def test_every_batch_that_a_search_may_take_has_its_shape(engine, monkeypatch):
+    world = engine.model.world
+    monkeypatch.setattr(world, "captured", CapturedSteps(replays, torch.device("cpu")))
+    monkeypatch.setattr(world, "size", lambda frames, cached: 12)
+    calls = list(world.shapes(Search(Cem(samples=19, horizon=3))))
+    assert [len(call.actions) for call in calls] == [1, 2, 4, 7, 8, 12]
+    assert {call.actions.shape[1] for call in calls} == {3}
 
 
 def test_a_budget_gives_the_best_plan_so_far(engine, context, goal, monkeypatch):

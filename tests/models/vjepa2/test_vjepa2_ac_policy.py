@@ -73,6 +73,15 @@ def test_an_observation_that_lacks_something_is_refused(engine, name):
         policy.infer({key: value for key, value in SEEN.items() if key != name})
 
 
+def test_deadlines_and_names_that_make_no_sense_are_refused(engine):
+    policy = engine.policy({"goal": CLIP[5], **QUICK})
+    for value in ("soon", -1.0):
+        with pytest.raises(InvalidRequest, match=r"deadline_ms=.*: must be above 0"):
+            policy.infer(SEEN, deadline_ms=value)
+    with pytest.raises(InvalidRequest, match="rename='image': must be a map from names to names"):
+        engine.policy(QUICK, rename="image")
+
+
 def test_a_planner_has_no_real_time_chunking(engine):
     with pytest.raises(InvalidRequest, match="makes every chunk anew"):
         PolicyRunner(engine.policy({"goal": CLIP[5], **QUICK}), fps=4, rtc=True)

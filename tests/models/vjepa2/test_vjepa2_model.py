@@ -327,6 +327,7 @@ def test_latents_that_do_not_fit(engine):
         (np.zeros((64, 63)), "must be .tokens, 64."),
         (np.zeros((63, 64)), "16 tokens for each time"),
         (np.full((64, 64), np.nan), "must be finite"),
+        (torch.zeros(64, 64).to_sparse(), "must be finite"),
     ]:
         with pytest.raises(InvalidRequest, match=said):
             engine.predict(wrong)
