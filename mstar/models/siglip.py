@@ -12,7 +12,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply
 from mstar.engine.layers.packed import packed_attention
 from mstar.engine.layers.residual import normed
 from mstar.engine.weights import Source
@@ -52,8 +52,8 @@ class _Attention(nn.Module):
         self.out_proj = nn.Linear(size, size)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        q, k, v = _apply(self.qkv_proj, x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        return _apply(self.out_proj, packed_attention(q, k, v, lengths).flatten(1))
+        q, k, v = apply(self.qkv_proj, x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return apply(self.out_proj, packed_attention(q, k, v, lengths).flatten(1))
 
 
 class _MLP(nn.Module):
@@ -63,7 +63,7 @@ class _MLP(nn.Module):
         self.fc2 = nn.Linear(sizes.intermediate_size, sizes.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _apply(self.fc2, F.gelu(_apply(self.fc1, x), approximate="tanh"))
+        return apply(self.fc2, F.gelu(apply(self.fc1, x), approximate="tanh"))
 
 
 class _Layer(nn.Module):
@@ -115,12 +115,8 @@ class Siglip(nn.Module):
             lengths: patches of each image.
         """
         weight = self.embeddings.patch_embedding.weight
-        x = _apply(self.embeddings.patch_embedding, patches.to(weight.dtype)) + places
+        x = apply(self.embeddings.patch_embedding, patches.to(weight.dtype)) + places
         added = None
         for layer in self.encoder.layers:
             x, added = layer(x, added, lengths)
         return normed(self.post_layernorm, x, added)[0]
-
-
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias)

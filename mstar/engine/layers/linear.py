@@ -13,13 +13,13 @@ The last bits of a row may depend on how many rows there are: no library here pr
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mstar.engine.kernels.matvec import MOST_ROWS, matvec_choice, matvec_triton
 from mstar.engine.kernels.onednn import has_onednn, product
 from mstar.engine.layers.quantized import Quantized, quantized_linear
 
-__all__ = ["linear"]
+__all__ = ["apply", "linear"]
 
 _LARGE = 1 << 17
 
@@ -35,3 +35,8 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None) ->
         if choice is not None:
             return matvec_triton(x, weight, bias, choice)
     return F.linear(x, weight, bias)
+
+
+def apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`linear` with the weight and bias of a layer."""
+    return linear(x, layer.weight, layer.bias)

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.kernels.gated import silu_mul
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext, CausalContext, HeadNorms, Projected
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply, linear
+from mstar.engine.layers.mlp import GatedMLP
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
@@ -38,14 +38,6 @@ class _Attention(nn.Module):
         self.o_proj = nn.Linear(size, size, bias=False)
         self.q_norm = Weight(config.head_dim)
         self.k_norm = Weight(config.head_dim)
-
-
-class _MLP(nn.Module):
-    def __init__(self, config: LLMConfig) -> None:
-        super().__init__()
-        size, inner = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Linear(size, 2 * inner, bias=False)
-        self.down_proj = nn.Linear(inner, size, bias=False)
 
 
 class _Stream:
@@ -78,11 +70,11 @@ class _Expert(nn.Module):
         self.input_layernorm = Weight(config.hidden_size)
         self.self_attn = _Attention(config)
         self.post_attention_layernorm = Weight(config.hidden_size)
-        self.mlp = _MLP(config)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def project(self, stream: _Stream) -> Projected:
         h = stream.norm(self.input_layernorm.weight, self.eps)
-        return Projected(_apply(self.self_attn.qkv_proj, h), self._norms)
+        return Projected(apply(self.self_attn.qkv_proj, h), self._norms)
 
     @cached_property
     def _norms(self) -> HeadNorms:
@@ -91,9 +83,9 @@ class _Expert(nn.Module):
 
     def finish(self, stream: _Stream, attended: Tensor) -> None:
         """The rest of the layer, after the attention."""
-        stream.added = _apply(self.self_attn.o_proj, attended)
+        stream.added = apply(self.self_attn.o_proj, attended)
         h = stream.norm(self.post_attention_layernorm.weight, self.eps)
-        stream.added = _apply(self.mlp.down_proj, silu_mul(_apply(self.mlp.gate_up_proj, h)))
+        stream.added = self.mlp(h)
 
 
 class _Layer(nn.Module):
@@ -211,7 +203,3 @@ _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply, linear
 from mstar.models.bagel.positions import PositionTable
 
 __all__ = ["LatentEmbedder", "TimeEmbedder"]
@@ -67,4 +67,4 @@ class LatentEmbedder(nn.Module):
 
     def velocity(self, hidden: Tensor) -> Tensor:
         """Velocities float32 `[..., latent_dim]`, noise minus data, of normed hidden states."""
-        return linear(hidden, self.llm2vae.weight, self.llm2vae.bias).float()
+        return apply(self.llm2vae, hidden).float()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply
 from mstar.models.bagel.config import ViTConfig
 from mstar.models.bagel.positions import Grid, grid_rows
 from mstar.models.siglip import Siglip
@@ -52,5 +52,5 @@ class Connector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """`[patches, features]` to `[patches, hidden]`, before the positions are added."""
-        h = F.gelu(linear(features, self.fc1.weight, self.fc1.bias), approximate="tanh")
-        return linear(h, self.fc2.weight, self.fc2.bias)
+        h = F.gelu(apply(self.fc1, features), approximate="tanh")
+        return apply(self.fc2, h)

@@ -18,7 +18,7 @@ from mstar.engine.kernels.gated import silu_mul
 from mstar.engine.kernels.rms_norm import rms_norm
 from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext, CausalContext, Projected
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply, linear
 from mstar.engine.layers.rotary import Rotary
 from mstar.engine.layers.weight import Weight
 from mstar.engine.weights import Source
@@ -205,12 +205,12 @@ class Llama(nn.Module):
             if keep is not None:
                 keep.append(residual)
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = _apply(attention.qkv_proj, h)
+            qkv = apply(attention.qkv_proj, h)
             parts = (Projected(qkv),)
             h = context.attend(index, parts, angles, attention.heads, attention.kv_heads)
-            h = _apply(attention.o_proj, h)
+            h = apply(attention.o_proj, h)
             h, residual = rms_norm(h, layer.post_attention_layernorm.weight, eps, residual)
-            h = _apply(mlp.down_proj, silu_mul(_apply(mlp.gate_up_proj, h)))
+            h = apply(mlp.down_proj, silu_mul(apply(mlp.gate_up_proj, h)))
             h, residual = rms_norm(h, self._next_norm(index), eps, residual)
         return h
 
@@ -225,7 +225,3 @@ class Llama(nn.Module):
 
 
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply
 from mstar.engine.layers.packed import packed_attention
 from mstar.engine.layers.residual import normed
 from mstar.engine.weights import Source
@@ -33,8 +33,8 @@ class _Attention(nn.Module):
         self.out_proj = nn.Linear(size, size)
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        q, k, v = _apply(self.qkv_proj, x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        return _apply(self.out_proj, packed_attention(q, k, v, lengths).flatten(1))
+        q, k, v = apply(self.qkv_proj, x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return apply(self.out_proj, packed_attention(q, k, v, lengths).flatten(1))
 
 
 class _Layer(nn.Module):
@@ -54,7 +54,7 @@ class _Layer(nn.Module):
         so that a norm takes the addition along."""
         h, x = normed(self.self_attn_layer_norm, x, added)
         h, x = normed(self.final_layer_norm, self.self_attn(h, lengths), x)
-        return x, _apply(self.fc2, F.gelu(_apply(self.fc1, h)))
+        return x, apply(self.fc2, F.gelu(apply(self.fc1, h)))
 
 
 class AudioEncoder(nn.Module):
@@ -103,8 +103,8 @@ class AudioEncoder(nn.Module):
         added = None
         for layer in self.layers:
             x, added = layer(x, added, windows)
-        x = F.gelu(_apply(self.proj1, normed(self.ln_post, x, added)[0]))
-        return _apply(self.proj2, x)
+        x = F.gelu(apply(self.proj1, normed(self.ln_post, x, added)[0]))
+        return apply(self.proj2, x)
 
     def _shrunk(self, features: Tensor, lengths: Sequence[int]) -> Tensor:
         """Tokens `[tokens, d_model]` of all clips, with their positions."""
@@ -134,7 +134,7 @@ class AudioEncoder(nn.Module):
         x = x.unsqueeze(1)
         for conv in (self.conv2d1, self.conv2d2, self.conv2d3):
             x = F.gelu(conv(x))
-        x = _apply(self.conv_out, x.permute(0, 3, 1, 2).flatten(2))
+        x = apply(self.conv_out, x.permute(0, 3, 1, 2).flatten(2))
         return x + self.places[: x.shape[1]].to(x.dtype)
 
 
@@ -144,7 +144,3 @@ def _sinusoids(count: int, size: int) -> Tensor:
     rates = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half).float())
     angle = torch.arange(count).float().unsqueeze(1) * rates
     return torch.cat([angle.sin(), angle.cos()], 1)
-
-
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias)

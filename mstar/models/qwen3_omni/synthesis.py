@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mstar.engine.kernels.codec_conv import codec_conv, convolved
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply
 from mstar.engine.weights import Source
 from mstar.models.qwen3_omni.sizes import VocoderConfig
 
@@ -196,8 +196,8 @@ class _ConvNeXt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.dwconv(x).transpose(1, 2))
-        h = F.gelu(linear(h, self.pwconv1.weight, self.pwconv1.bias))
-        h = linear(h, self.pwconv2.weight, self.pwconv2.bias)
+        h = F.gelu(apply(self.pwconv1, h))
+        h = apply(self.pwconv2, h)
         return torch.addcmul(x, h.transpose(1, 2), self.gamma[:, None])
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply
 from mstar.engine.layers.packed import packed_attention
 from mstar.engine.layers.residual import normed
 from mstar.engine.layers.rotary import rotate
@@ -59,9 +59,9 @@ class _Attention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:
-        q, k, v = _apply(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = apply(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         seen = packed_attention(rotate(q, *angles), rotate(k, *angles), v, lengths)
-        return _apply(self.proj, seen.flatten(1))
+        return apply(self.proj, seen.flatten(1))
 
 
 class _MLP(nn.Module):
@@ -71,7 +71,7 @@ class _MLP(nn.Module):
         self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _apply(self.linear_fc2, F.gelu(_apply(self.linear_fc1, x), approximate="tanh"))
+        return apply(self.linear_fc2, F.gelu(apply(self.linear_fc1, x), approximate="tanh"))
 
 
 class _Block(nn.Module):
@@ -119,7 +119,7 @@ class _Merger(nn.Module):
         if self.late:
             x = x.view(-1, self.size)
         x = self.ln_q(x).view(-1, self.size)
-        return _apply(self.mlp["2"], F.gelu(_apply(self.mlp["0"], x)))
+        return apply(self.mlp["2"], F.gelu(apply(self.mlp["0"], x)))
 
 
 class VisionEncoder(nn.Module):
@@ -156,7 +156,7 @@ class VisionEncoder(nn.Module):
         if sum(grid.patches for grid in grids) != len(patches):
             raise ValueError(f"{len(patches)} patches, and the grids {list(grids)} of others")
         weight = self.pos_embed.weight
-        x = _apply(self.patch_embed, patches.to(weight.dtype))
+        x = apply(self.patch_embed, patches.to(weight.dtype))
         x = x + _joined([self._places(grid) for grid in grids])
         angle = _joined([self._angles(grid, x.device) for grid in grids])
         angles = angle.cos(), angle.sin()
@@ -215,7 +215,3 @@ def _neighbours(count: int, side: int, device: torch.device) -> list[tuple[Tenso
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias)

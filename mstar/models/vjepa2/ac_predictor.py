@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mstar.engine.layers.linear import apply
 from mstar.engine.weights import Source
 from mstar.models.vjepa2.ac_cache import FrameCache
 from mstar.models.vjepa2.ac_config import EXTRINSICS, AcConfig
-from mstar.models.vjepa2.block import Block, apply, attend
+from mstar.models.vjepa2.block import Block, attend
 from mstar.models.vjepa2.rotary import Rotation, rotation
 
 __all__ = ["AcPredictor", "Frames"]

@@ -6,16 +6,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mstar.engine.kernels.layer_norm import layer_norm
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply
 from mstar.models.vjepa2.config import BlockSizes
 from mstar.models.vjepa2.rotary import Rotation, rotate
 
-__all__ = ["MLP", "Attention", "Block", "apply", "attend"]
-
-
-def apply(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)`, by the library that is fastest for it."""
-    return linear(x, layer.weight, layer.bias)
+__all__ = ["MLP", "Attention", "Block", "attend"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mstar.engine.layers.linear import apply
 from mstar.engine.weights import Source
-from mstar.models.vjepa2.block import MLP, Block, apply, attend
+from mstar.models.vjepa2.block import MLP, Block, attend
 from mstar.models.vjepa2.config import BlockSizes
 from mstar.models.vjepa2.layout import POOLER_BLOCK, sources
 

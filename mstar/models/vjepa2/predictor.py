@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mstar.engine.layers.linear import apply
 from mstar.engine.weights import Source
-from mstar.models.vjepa2.block import Block, apply
+from mstar.models.vjepa2.block import Block
 from mstar.models.vjepa2.config import VJEPA2Config
 from mstar.models.vjepa2.layout import BLOCK, sources
 from mstar.models.vjepa2.rotary import grid_rotation
