@@ -20,10 +20,11 @@ from mstar.engine.kernels.guided_euler import COLUMNS, guided_euler, guided_eule
 from mstar.engine.kernels.l1_cost import l1_cost, l1_cost_torch
 from mstar.engine.kernels.layer_norm import layer_norm, layer_norm_torch
 from mstar.engine.kernels.paged_attention import paged_attention
-from mstar.engine.kernels.paged_batch import PagedBatch
-from mstar.engine.kernels.paged_decode import paged_decode_triton
+from mstar.engine.kernels.paged_batch import FEW, PagedBatch
+from mstar.engine.kernels.paged_decode import paged_decode_few_triton, paged_decode_triton
 from mstar.engine.kernels.paged_extend import paged_extend_triton
-from mstar.engine.kernels.paged_tiles import DECODE, EXTEND, tiles
+from mstar.engine.kernels.paged_shared import with_shared
+from mstar.engine.kernels.paged_tiles import DECODE, DECODE_FEW, EXTEND, tiles
 from mstar.engine.kernels.pair_rotary import pair_rotary, pair_rotary_torch
 from mstar.engine.kernels.quantize_rows import quantize_rows
 from mstar.engine.kernels.resize import Normal, resize
@@ -88,34 +89,55 @@ class Cases:
         )
         return {name: getattr(self, f"_{name}") for name in names}
 
-    def _attention(self, name: str, n: int, kv_len: int, count: int, heads: int, kv_heads: int):
-        """`count` sequences of `kv_len` keys whose last `n` are new, pages in no order."""
+    def _attention(
+        self, n: int, kv_len: int, count: int, heads: int, kv_heads: int, forks: bool = False
+    ) -> Case:
+        """`count` sequences of `kv_len` keys whose last `n` are new, pages in no order; `forks`:
+        they have all pages but the last in common."""
         dim, pages = self.of(128, 16), -(-kv_len // PAGE)
+        few = 1 < n <= FEW
         pool = self.randn(2, pages * count, PAGE, kv_heads, dim, dtype=BF16)
         q = self.randn(n * count, heads, dim, dtype=BF16)
         order = torch.randperm(pages * count).view(count, pages)
+        if forks:
+            order[:, :-1] = order[0, :-1].clone()
         batch = PagedBatch([n] * count, [kv_len] * count, order.tolist(), [n > 1] * count, PAGE)
         k, v = (
             x[order.to(self.device)].flatten(1, 2)[:, :kv_len].transpose(1, 2).contiguous()
             for x in pool
         )
         queries = q.view(count, n, heads, dim).transpose(1, 2).contiguous()
+        seen = torch.ones(n, kv_len, dtype=torch.bool, device=self.device).tril(kv_len - n)
+        how = {"attn_mask": seen} if few else {"is_causal": n > 1}
 
         def library() -> Tensor:
-            out = F.scaled_dot_product_attention(queries, k, v, is_causal=n > 1, enable_gqa=True)
+            out = F.scaled_dot_product_attention(queries, k, v, enable_gqa=True, **how)
             return out.transpose(1, 2)
 
+        kernel, run = DECODE, paged_decode_triton
+        if n > 1:
+            kernel, run = (
+                (DECODE_FEW, paged_decode_few_triton) if few else (EXTEND, paged_extend_triton)
+            )
+
+        laid = batch
+        if self.device.type == "cuda":  # once per step, for all layers
+            laid = with_shared(batch.tensors_on(self.device), q, pool[0])
+
         def tiled(tile: Choice) -> Tensor:
-            kernel = paged_extend_triton if n > 1 else paged_decode_triton
-            return kernel(q, *pool, batch.tensors_on(self.device), dim**-0.5, tile=tile)
+            return run(q, *pool, laid, dim**-0.5, tile=tile)
 
         pairs = n * (kv_len - (n - 1) / 2)
-        kernel = EXTEND if n > 1 else DECODE
+        keys = kv_len + (count - 1) * PAGE if forks else count * kv_len
+        kind = f"extend attention, {n} x {kv_len}, causal"
+        if n == 1 or few:
+            kind = f"decode attention, {count} {'forks' if forks else ''} x {kv_len}"
+            kind = kind.replace("  ", " ") + (f", {n} new" if few else "")
         return Case(
-            name,
-            lambda: paged_attention(q, *pool, batch, dim**-0.5),
+            f"{kind}, {heads}/{kv_heads} heads",
+            lambda: paged_attention(q, *pool, laid, dim**-0.5),
             library,
-            moved=4.0 * count * dim * (kv_len * kv_heads + n * heads),
+            moved=4.0 * dim * (keys * kv_heads + count * n * heads),
             flops=4.0 * count * heads * dim * pairs,
             tiles=(kernel, *tiles(kernel, q, pool[0]), tiled),
         )
@@ -123,12 +145,13 @@ class Cases:
     def _decode(self) -> Iterator[Case]:
         context = self.of(8192, 100)
         for count in (1, 8, 64):
-            name = f"decode attention, {count} x {context}, 24/8 heads"
-            yield self._attention(name, 1, context, self.of(count, 2), 24, 8)
+            yield self._attention(1, context, self.of(count, 2), 24, 8)
+        yield self._attention(1, context, self.of(8, 2), 24, 8, forks=True)
+        yield self._attention(4, self.of(8192, 600), self.of(8, 2), 24, 8)
 
     def _extend(self) -> Iterator[Case]:
         n = self.of(4096, 40)
-        yield self._attention(f"extend attention, {n} x {n}, causal, 32/8 heads", n, n, 1, 32, 8)
+        yield self._attention(n, n, 1, 32, 8)
 
     def _norms(self) -> Iterator[Case]:
         for tokens, width in ((8192, 3072), (64, 3072)):

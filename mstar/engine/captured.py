@@ -19,14 +19,17 @@ one stream, and what one of them returned is valid until any of them runs again.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Captured", "CapturedSteps", "Record", "Step", "record"]
+__all__ = ["Captured", "CapturedSteps", "Outputs", "Record", "Step", "graph_bytes", "record"]
 
 _one_at_a_time = threading.RLock()  # captures of a process; engines have threads of their own
+_alive: weakref.WeakSet[_Graphs] = weakref.WeakSet()
+_alive_lock = threading.Lock()
 
 Outputs = tuple[Tensor, ...]
 Step = Callable[..., Outputs]
@@ -38,13 +41,29 @@ def record() -> Record:
 
     It takes a step and returns how to run it again, and the tensors it writes its outputs to.
     """
-    memory = torch.cuda.graph_pool_handle()
-    streams: list[torch.cuda.Stream] = []
+    return _Graphs()
 
-    def capture(step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-        if not streams:  # of the device that is current now; torch has but 32 of them in all
-            streams.append(torch.cuda.Stream())
-        (stream,) = streams
+
+class _Graphs:
+    """See `record`.
+
+    Attributes:
+        device: index of the GPU; None before the first capture.
+        bytes: of memory that was reserved in captures, and is until the graphs are gone.
+    """
+
+    def __init__(self) -> None:
+        self.device: int | None = None
+        self.bytes = 0
+        self._memory = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = None
+        with _alive_lock:
+            _alive.add(self)
+
+    def __call__(self, step: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        if self._stream is None:  # of the device that is current now; torch has but 32 of them
+            self._stream, self.device = torch.cuda.Stream(), torch.cuda.current_device()
+        stream = self._stream
         with _one_at_a_time:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -54,11 +73,22 @@ def record() -> Record:
             graph = torch.cuda.CUDAGraph()
             # Only this thread is bound by what may happen during a capture: others go on working.
             how = {"stream": stream, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(graph, pool=memory, **how):
+            with torch.cuda.graph(graph, pool=self._memory, **how):
+                before = torch.cuda.memory_reserved()  # its beginning has emptied caches
                 outputs = step()
+                self.bytes += max(0, torch.cuda.memory_reserved() - before)
         return graph.replay, outputs
 
-    return capture
+
+def graph_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process' graphs keep for what lies between inputs and outputs.
+
+    It is how much more was reserved while they were captured, so it includes what other threads
+    reserved meanwhile.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with _alive_lock:
+        return sum(graphs.bytes for graphs in _alive if graphs.device == index)
 
 
 class Captured:

@@ -20,20 +20,22 @@ from mstar.engine.paged_context import PagedContext
 
 __all__ = ["DecodeGraphs"]
 
-Outputs = tuple[Tensor, Tensor]
-Forward = Callable[[Tensor, Tensor, PagedContext], Outputs]
+Outputs = tuple[Tensor, ...]
+Forward = Callable[..., Outputs]
 
 
 class DecodeGraphs:
     """Captured single-token steps of one network over one pool.
 
     Args:
-        forward: `(ids, positions, context) -> (hidden, logits)`, all on the device.
+        forward: `(ids, positions, context, *more) -> (hidden, logits)`, or what else has a row for
+            each sequence; all on the device.
         buckets: batch sizes to capture, ascending.
         max_tokens: longest sequence; sets the width of the block tables.
         record: how to capture (see `record`).
         width: of the embeddings that are the inputs, in the pool's dtype; 0 for ids.
         fractions: whether positions are float32 (what is written to the device are their bits).
+        more: further inputs of a bucket, by its size, as it is captured with: each `[..., batch]`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class DecodeGraphs:
         record: Record,
         width: int = 0,
         fractions: bool = False,
+        more: Callable[[int], Sequence[Tensor]] = lambda size: (),
     ) -> None:
         self.forward = forward
         self.pool = pool
@@ -52,6 +55,7 @@ class DecodeGraphs:
         self.max_pages = min(pool.pages_for(max_tokens), pool.table.count)
         self.width = width
         self.fractions = fractions
+        self.more = more
         self._captured: dict[int, Captured] = {}
         self._record = record
 
@@ -64,12 +68,19 @@ class DecodeGraphs:
         """Whether a decode batch can be replayed."""
         return count <= self.buckets[-1] and max(map(len, tables)) <= self.max_pages
 
+    def bucket(self, count: int) -> int:
+        """The size of the bucket of a batch; it is captured now, if it was not yet."""
+        size = next(b for b in self.buckets if b >= count)
+        self._at(size)
+        return size
+
     def run(
         self,
         ids: Tensor,
         positions: Sequence[float],
         kv_lens: Sequence[int],
         tables: Sequence[Sequence[int]],
+        *more: Tensor,
     ) -> Outputs:
         """Replay one step; hidden states and logits of the rows, valid until the next step.
 
@@ -77,11 +88,12 @@ class DecodeGraphs:
             ids: int64 `[batch]`, or embeddings `[batch, width]`, on the device.
             kv_lens: keys per sequence, those of the new token included.
             tables: page numbers per sequence.
+            more: of the rows; padded rows that are not given keep what they had.
         """
         count = len(kv_lens)
-        size = next(b for b in self.buckets if b >= count)
+        size = self.bucket(count)
         step = self._at(size)
-        own_ids, own_numbers, own_pages = step.inputs
+        own_ids, own_numbers, own_pages, *own_more = step.inputs
         page, pad = self.pool.page_size, [0] * (size - count)
         slots = [
             table[(length - 1) // page] * page + (length - 1) % page
@@ -95,9 +107,10 @@ class DecodeGraphs:
         own_ids[:count].copy_(ids)
         own_numbers.copy_(numbers.view(3, size))
         own_pages[:count, : table.shape[1]].copy_(pages.view(table.shape))
+        for own, given in zip(own_more, more, strict=True):
+            own[..., : given.shape[-1]].copy_(given)
         step.replay()
-        hidden, logits = step.outputs
-        return hidden[:count], logits[:count]
+        return tuple(output[:count] for output in step.outputs)
 
     def _at(self, size: int) -> Captured:
         if size not in self._captured:
@@ -117,7 +130,7 @@ class DecodeGraphs:
         query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
         causal = torch.ones(size, dtype=torch.int32, device=device)
 
-        def step(ids: Tensor, numbers: Tensor, pages: Tensor) -> Outputs:
+        def step(ids: Tensor, numbers: Tensor, pages: Tensor, *more: Tensor) -> Outputs:
             positions, slots, lengths = numbers
             if self.fractions:
                 positions = positions.to(torch.int32).view(torch.float32)
@@ -129,6 +142,6 @@ class DecodeGraphs:
                 max_query_len=1,
                 page_size=self.pool.page_size,
             )
-            return self.forward(ids, positions, PagedContext(self.pool, batch, slots))
+            return self.forward(ids, positions, PagedContext(self.pool, batch, slots), *more)
 
-        return Captured(self._record, step, (ids, numbers, pages))
+        return Captured(self._record, step, (ids, numbers, pages, *self.more(size)))

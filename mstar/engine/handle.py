@@ -25,7 +25,7 @@ class Handle:
         self._error: BaseException | None = None
         self._done = False
         self._changed = threading.Condition()
-        self._listeners: list[Callable[[], None]] = []
+        self._listeners: tuple[Callable[[], None], ...] = ()
 
     @property
     def done(self) -> bool:
@@ -84,7 +84,7 @@ class Handle:
         with self._changed:
             done = self._done
             if not done:
-                self._listeners.append(callback)
+                self._listeners += (callback,)
         if done:
             callback()
 
@@ -109,11 +109,11 @@ class Handle:
             self._done = True
             self._changed.notify_all()
         self._tell()
-        self._listeners.clear()
+        self._listeners = ()
         self.cancel_request = _nothing  # it holds the request, which holds this handle
 
     def _tell(self) -> None:
-        for callback in list(self._listeners):
+        for callback in self._listeners:
             try:
                 callback()
             except Exception:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from weakref import WeakKeyDictionary
@@ -33,8 +32,10 @@ class _Bell:
         self._due.append(wake)
         if not self._rung:  # two threads may both find it so: then it rings twice
             self._rung = True
-            with contextlib.suppress(RuntimeError):  # the loop was closed
+            try:
                 self._call_soon_threadsafe(self._answer)
+            except RuntimeError:
+                self._due.clear()  # the loop was closed
 
     def _answer(self) -> None:
         for _ in range(min(len(self._due), _AT_ONCE)):
@@ -58,7 +59,7 @@ async def merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, list[Eve
     """
     loop = asyncio.get_running_loop()
     bell = _bells.get(loop) or _bells.setdefault(loop, _Bell(loop))
-    waiter = loop.create_future()
+    waiter: asyncio.Future[None] | None = None
     told = False
 
     def tell() -> None:  # on the engine's thread
@@ -68,7 +69,7 @@ async def merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, list[Eve
             bell.ring(wake)
 
     def wake() -> None:
-        if not waiter.done():
+        if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
     for handle in handles:
@@ -76,7 +77,7 @@ async def merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, list[Eve
     live = {index: (handle, 0) for index, handle in enumerate(handles)}  # -> events taken so far
     try:
         while live:
-            waiter, told, idle = loop.create_future(), False, True
+            told, idle = False, True
             for index, (handle, taken) in list(live.items()):
                 events, done = handle.taken(taken)
                 if events:
@@ -87,6 +88,7 @@ async def merged(handles: Sequence[Handle]) -> AsyncIterator[tuple[int, list[Eve
                     handle.raise_for_error()
                     del live[index]
             if idle and live:
+                waiter = loop.create_future()  # nothing else runs on the loop until it is awaited
                 await waiter
     finally:
         del handles, handle, live  # an error holds this frame, and a handle its error

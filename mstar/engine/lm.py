@@ -70,7 +70,6 @@ class LanguageModel(Node):
         look_ahead: launch a sequence's next step before its last token is read (default: on a GPU).
             Stop conditions are then seen one step late and the surplus token is dropped.
         graphs: capture decode steps as CUDA graphs (on a GPU).
-        width: of the embeddings that decode steps take instead of ids, if they are to be captured.
         fractions: whether positions may be fractions, in captured steps, too.
     """
 
@@ -85,7 +84,6 @@ class LanguageModel(Node):
         span_budget: int | None = None,
         look_ahead: bool | None = None,
         graphs: bool = True,
-        width: int = 0,
         fractions: bool = False,
     ) -> None:
         super().__init__(name, self._run, max_batch=max_batch)
@@ -98,7 +96,7 @@ class LanguageModel(Node):
         self.sampler = sampler_for(self.device, network.vocab_size)
         self.graphs: DecodeGraphs | None = None
         self._use_graphs = graphs and self.device.type == "cuda"
-        self._width, self._fractions = width, fractions
+        self._fractions = fractions
 
     # -- for walks ---------------------------------------------------------------------------
 
@@ -229,19 +227,23 @@ class LanguageModel(Node):
         self.pool.released()
         return [call for call in batch.values() if call.waiter is not None]
 
+    @property
+    def buckets(self) -> list[int]:
+        """Batch sizes that steps are captured for."""
+        most = self.max_batch
+        return [*(size for size in (1, 2, 4, *range(8, most, 8)) if size < most), most]
+
     def warmup(self) -> None:
         """Capture what is captured. Afterwards decode steps up to `max_batch` only replay."""
         self.sampler.warmup()
         if self._use_graphs and self.graphs is None:
-            buckets = [1, 2, 4, *range(8, self.max_batch, 8), self.max_batch]
             graphs = DecodeGraphs(
                 self._decode,
                 self.pool,
-                sorted(set(buckets)),
+                self.buckets,
                 self.pool.capacity,
                 record(),
-                self._width,
-                self._fractions,
+                fractions=self._fractions,
             )
             graphs.capture()
             self.graphs = graphs
@@ -338,7 +340,7 @@ class LanguageModel(Node):
         return (
             self.graphs is not None
             and len(sampled) == len(pieces)
-            and all(p.count == 1 and p.span.is_embedded == bool(self._width) for p in pieces)
+            and all(p.count == 1 and not p.span.is_embedded for p in pieces)
             and self.graphs.fits(len(pieces), [p.span.kv.pages for p in pieces])
         )
 

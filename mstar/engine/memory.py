@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mstar.engine.captured import graph_bytes
 from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.kvcache import KVLayout
 from mstar.engine.node import Node
@@ -59,8 +60,11 @@ def memory_stats(
     """Bytes by what they hold.
 
     Returns:
-        `weights`, `kv_cache` and `features` (encoded media that are kept); on a GPU also `other`
-        (graphs and workspace), all that the process has taken there (`reserved`), and `free`.
+        `weights`, `kv_cache`, `features` (encoded media that are kept), `graphs` (what captured
+        steps keep for their intermediate results) and `workspace`, both 0 on a CPU. On a GPU they
+        add up to `reserved`, which is all that torch has taken there for this process: graphs are
+        those of the process, and `workspace` is the rest, temporary memory that is kept for the
+        next step and whatever else the process does there. `free` is what nobody has taken.
     """
     weights = [x for net in networks for x in (*net.parameters(), *net.buffers())]
     pools = [node.pool.tensor for node in nodes if getattr(node, "pool", None) is not None]
@@ -68,11 +72,13 @@ def memory_stats(
         "weights": _bytes(weights),
         "kv_cache": _bytes(pools),
         "features": 0 if features is None else features.bytes,
+        "graphs": 0,
+        "workspace": 0,
     }
     if device.type == "cuda":
-        stats["other"] = torch.cuda.memory_allocated(device) - sum(stats.values())
-        stats["reserved"] = torch.cuda.memory_reserved(device)
-        stats["free"] = free_bytes(device)
+        stats["graphs"], reserved = graph_bytes(device), torch.cuda.memory_reserved(device)
+        stats["workspace"] = reserved - sum(stats.values())
+        stats.update(reserved=reserved, free=free_bytes(device))
     return stats
 
 

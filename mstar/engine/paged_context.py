@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mstar.engine.kernels.dispatch import use_triton
 from mstar.engine.kernels.paged_attention import paged_attention
-from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
+from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch, tensors_of
+from mstar.engine.kernels.paged_shared import with_shared
 from mstar.engine.kernels.rotary_store import paired_angles, rotary_store
 from mstar.engine.kvcache import KVPool
 from mstar.engine.layers.attention import Projected
@@ -64,4 +66,6 @@ class PagedContext:
                     norms,
                     q[rows],
                 )
+        if use_triton(q):
+            self.batch = with_shared(tensors_of(self.batch, q.device), q, keys)  # once per step
         return paged_attention(q, keys, values, self.batch, q.shape[-1] ** -0.5).flatten(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -75,15 +75,18 @@ class HostSampler:
 class DeviceSampler:
     """Sampling with dense operations on the device; the host never waits for a token.
 
-    How often each token is in the prompt and the output of each sequence is kept in two tables
-    `[slots, vocab]` that grow with the number of sequences that use penalties at a time.
+    Which tokens are in the prompt of each sequence, and how often in its output, is kept in two
+    `tables` `[slots, vocab]`. New ones take their place when more sequences use penalties at a time
+    than there is room for.
     """
 
     def __init__(self, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self._in_prompt = torch.zeros(1, vocab_size, dtype=torch.bool, device=device)
-        self._in_output = torch.zeros(1, vocab_size, dtype=torch.int32, device=device)
+        self.tables = (
+            torch.zeros(1, vocab_size, dtype=torch.bool, device=device),
+            torch.zeros(1, vocab_size, dtype=torch.int32, device=device),
+        )
         self._free: list[int] = []  # row 0 stays empty: it serves whoever has no penalties
 
     def open(self, params: SamplingParams, prompt: Sequence[int]) -> DeviceState:
@@ -91,11 +94,12 @@ class DeviceSampler:
         state = DeviceState(params, self.vocab_size, self.device)
         if params.penalises:
             if not self._free:
-                self._grow()
+                self.reserve(max(8, len(self.tables[0])))
             ids = to_device(prompt, torch.int64, self.device)
             slot = self._free[-1]
-            self._in_output[slot].zero_()
-            self._in_prompt[slot].zero_().index_fill_(0, ids, True)
+            in_prompt, in_output = self.tables
+            in_output[slot].zero_()
+            in_prompt[slot].zero_().index_fill_(0, ids, True)
             state.slot = self._free.pop()
         return state
 
@@ -117,32 +121,43 @@ class DeviceSampler:
     def sample(self, logits: Tensor, states: Sequence[DeviceState]) -> Tensor:
         """See `Sampler.sample`."""
         rows = SampleRows(states, self.vocab_size, logits.device)
-        tokens = (self._fused if use_triton(logits) else self._dense)(logits, states, rows)
+        adjust = partial(bias, states=states) if any(map(is_biased, states)) else None
+        tokens = self.draw(logits, rows, adjust)
         for state in states:
             state.drawn += 1
         return tokens
 
-    def _fused(self, logits: Tensor, states: Sequence[DeviceState], rows: SampleRows) -> Tensor:
-        tables = (self._in_prompt, self._in_output) if rows.penalise else None
-        adjust = partial(bias, states=states) if any(map(is_biased, states)) else None
-        return sample_triton(logits, rows, tables, adjust)
+    def draw(
+        self,
+        logits: Tensor,
+        rows: SampleRows,
+        adjust: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """The part of `sample` on the device. With `HeldRows` it may be captured: it reads and
+        writes `tables`.
 
-    def _dense(self, logits: Tensor, states: Sequence[DeviceState], rows: SampleRows) -> Tensor:
-        if rows.penalise:
-            slots = rows.slots
-            logits = penalise(logits, self._in_prompt[slots], self._in_output[slots], rows)
-        tokens = sample_torch(bias(logits, states), rows)
-        if rows.penalise:
+        Args:
+            adjust: changes the logits in place between the penalties and all else.
+        """
+        tables = self.tables if rows.penalise else None
+        if use_triton(logits):
+            return sample_triton(logits, rows, tables, adjust)
+        if tables is not None:
+            in_prompt, in_output = tables
+            logits = penalise(logits, in_prompt[rows.slots], in_output[rows.slots], rows)
+        if adjust is not None:
+            adjust(logits)
+        tokens = sample_torch(logits, rows)
+        if tables is not None:
             counted = rows.counted.to(torch.int32)
-            self._in_output.index_put_((slots, tokens), counted, accumulate=True)
+            in_output.index_put_((rows.slots, tokens), counted, accumulate=True)
         return tokens
 
-    def _grow(self) -> None:
-        rows = self._in_prompt.shape[0]
-        more = max(8, rows)
-        self._in_prompt = F.pad(self._in_prompt, (0, 0, 0, more))
-        self._in_output = F.pad(self._in_output, (0, 0, 0, more))
-        self._free = list(range(rows + more - 1, rows - 1, -1))
+    def reserve(self, more: int) -> None:
+        """Room for penalties of more sequences, in new `tables`."""
+        rows = len(self.tables[0])
+        self.tables = tuple(F.pad(table, (0, 0, 0, more)) for table in self.tables)
+        self._free += range(rows + more - 1, rows - 1, -1)
 
 
 def sampler_for(device: torch.device, vocab_size: int) -> Sampler:

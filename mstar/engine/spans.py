@@ -24,7 +24,8 @@ class Span:
 
     Args:
         kv: the sequence.
-        inputs: token ids, embeddings `[count, hidden]`, or the step whose token is the input.
+        inputs: token ids, embeddings `[count, hidden]`, or the step whose token is the input; or
+            what a model's own `run` makes one of these of.
         count: number of tokens.
         positions: rotary positions, or a float32 tensor `[3, count]` of three axes; those after the
             cached tokens, shifted by `kv.offset`, if left out.

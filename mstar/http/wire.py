@@ -27,6 +27,7 @@ from mstar.types import (
 
 __all__ = ["document", "error_line", "lines", "size_of"]
 
+_PCM = np.dtype("<i2")
 _AUDIO = (
     b'{"modality": "audio", "data": "%b", "metadata": {"sample_rate": %d, "num_channels": 1}}\n'
 )
@@ -45,7 +46,7 @@ def lines(events: Sequence[Event], request_id: str, names: Mapping[str, str]) ->
 
 def _event_lines(event: Event, request_id: str, names: Mapping[str, str]) -> bytes:
     if type(event) is AudioChunk and not event.metadata and event.finish_reason is None:
-        pcm = np.ascontiguousarray(event.pcm, dtype="<i2")  # most of what is sent: no detours
+        pcm = np.ascontiguousarray(event.pcm, _PCM)  # most of what is sent: no detours
         return _AUDIO % (_base64(pcm), event.sample_rate)
     closing = _closing(event, request_id)
     return b"".join(
@@ -81,7 +82,7 @@ def document(result: GenerateResult, names: Mapping[str, str]) -> bytes:
 
 def size_of(events: Sequence[Event]) -> int:
     """About how many bytes the events hold."""
-    return sum(_size(event) for event in events)
+    return sum(map(_size, events))
 
 
 def _whole(result: GenerateResult) -> list[Event]:
@@ -119,7 +120,7 @@ def _payload(event: Event) -> tuple[bytes, dict[str, Any]]:
     if isinstance(event, ImageChunk):
         return event.data, {}
     if isinstance(event, AudioChunk):
-        pcm = np.asarray(event.pcm, dtype="<i2").tobytes()
+        pcm = np.asarray(event.pcm, _PCM).tobytes()
         return pcm, {"sample_rate": event.sample_rate, "num_channels": 1}
     if isinstance(event, ProgressChunk):
         return event.preview, {"step": event.step, "steps": event.steps}
@@ -129,12 +130,12 @@ def _payload(event: Event) -> tuple[bytes, dict[str, Any]]:
 
 
 def _size(event: Event) -> int:
+    if isinstance(event, AudioChunk):
+        return 2 * len(event.pcm)
     if isinstance(event, TextChunk):
         return len(event.text)
     if isinstance(event, ImageChunk):
         return len(event.data)
-    if isinstance(event, AudioChunk):
-        return 2 * len(event.pcm)
     if isinstance(event, ProgressChunk):
         return len(event.preview)
     return 4 * (event.actions if isinstance(event, ActionChunk) else event.latents).size

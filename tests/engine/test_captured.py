@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mstar.engine.captured import CapturedSteps, record
+from mstar.engine.captured import CapturedSteps, graph_bytes, record
 from tests.recording import replays
 
 CPU = torch.device("cpu")
@@ -91,6 +91,13 @@ class FakeCuda:
     def __init__(self):
         self.made, self.now, self.log, self.capturing = [], ["main"], [], 0
         self.stream = self.on
+        self.device, self.reserved = 0, 1000
+
+    def current_device(self):
+        return self.device
+
+    def memory_reserved(self):
+        return self.reserved
 
     def graph_pool_handle(self):
         return "memory"
@@ -115,6 +122,7 @@ class FakeCuda:
     def graph(self, graph, pool, stream, capture_error_mode):
         self.capturing += 1
         assert (self.capturing, pool, capture_error_mode) == (1, "memory", "thread_local")
+        self.reserved -= 100  # a capture begins with empty caches
         with self.on(stream):
             yield
         self.capturing -= 1
@@ -139,6 +147,27 @@ def test_all_captures_of_a_recorder_are_on_one_stream_of_their_own(monkeypatch):
     assert cuda.log == ["side 0"] * 9
     record()(lambda: cuda.log.append(cuda.now[-1]))
     assert cuda.log[9:] == ["side 1"] * 3
+
+
+def test_memory_of_graphs_is_what_captures_reserve_as_long_as_they_live(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr("torch.cuda", cuda)
+    growth = []
+
+    def step():
+        if cuda.capturing:
+            cuda.reserved += growth.pop(0)
+
+    captures = []
+    for cuda.device, growth in ((0, [70, 0, 5]), (0, [3]), (1, [40])):
+        captures.append(record())
+        while growth:
+            captures[-1](step)
+    here, there = torch.device("cuda:0"), torch.device("cuda:1")
+    assert (graph_bytes(here), graph_bytes(there)) == (78, 40)
+    assert graph_bytes(torch.device("cuda")) == 40  # the current one
+    del captures[0]
+    assert graph_bytes(here) == 3
 
 
 def test_one_thread_captures_at_a_time(monkeypatch):

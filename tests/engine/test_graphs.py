@@ -92,6 +92,30 @@ def test_what_does_not_fit_is_not_captured():
     assert not narrow.fits(1, [[0, 1, 2]])
 
 
+def test_steps_may_have_inputs_and_outputs_of_their_own():
+    lm, _ = language_model()
+
+    def forward(ids, positions, context, pair):
+        return ids + pair[0], pair[1].clone(), positions.clone()
+
+    def more(size):
+        return (torch.zeros(2, size, dtype=torch.int64),)
+
+    graphs = DecodeGraphs(forward, lm.pool, [2, 4], 8, replays, more=more)
+    for count in (1, 3, 2):
+        rows = torch.arange(count)
+        found = graphs.run(
+            rows, range(count), [1] * count, [[0]] * count, torch.stack([rows, -rows])
+        )
+        assert [x.tolist() for x in found] == [(f * rows).tolist() for f in (2, -1, 1)]
+    assert graphs.bucket(3) == 4
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (3, [1, 2, 3]), (20, [1, 2, 4, 8, 16, 20])])
+def test_the_last_bucket_is_the_largest_batch(most, sizes):
+    assert language_model(max_batch=most)[0].buckets == sizes
+
+
 def test_a_capture_that_fails_leaves_the_model_without_graphs(monkeypatch):
     def fails():
         def capture(step):

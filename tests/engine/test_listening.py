@@ -107,3 +107,17 @@ def test_news_from_many_threads_wake_everyone():
 
     want = [(0, str(count)) for count in range(200)]
     assert asyncio.run(main()) == [want] * 16
+
+
+def test_news_for_a_loop_that_was_closed_trouble_nobody(caplog):
+    handle = Handle("a")
+
+    async def main() -> None:
+        task = asyncio.create_task(collected([handle]))
+        await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(main())
+    handle.event(TextChunk("x"))
+    assert ended(handle).result().text == "x"
+    assert not caplog.records

@@ -49,7 +49,25 @@ def test_what_is_shared_counts_once():
     cache = FeatureCache(1000)
     cache.put("a", torch.zeros(5))
     stats = memory_stats(CPU, [table, head], [Node("plain", list)], cache)
-    assert stats == {"weights": 160, "kv_cache": 0, "features": 20}
+    kinds = {"weights": 160, "kv_cache": 0, "features": 20, "graphs": 0, "workspace": 0}
+    assert stats == kinds
+
+
+def test_on_a_gpu_the_kinds_add_up_to_what_is_reserved(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda device: {gpu: 5000}[device])
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: ({gpu: 900}[device], 9000))
+    monkeypatch.setattr("mstar.engine.memory.graph_bytes", lambda device: {gpu: 700}[device])
+    stats = memory_stats(gpu, [nn.Linear(10, 10, bias=False)], [], None)
+    assert (stats.pop("reserved"), stats.pop("free")) == (5000, 900)
+    assert stats == {
+        "weights": 400,
+        "kv_cache": 0,
+        "features": 0,
+        "graphs": 700,
+        "workspace": 3900,
+    }
+    assert sum(stats.values()) == 5000
 
 
 def test_an_engine_tells_what_its_memory_holds():

@@ -106,7 +106,7 @@ def test_a_slot_that_is_used_again_has_forgotten_its_last_sequence():
         sampler.close(state)
         sampler.close(state)
     assert stream(sampler, params, 0) == first
-    assert sorted(sampler._free) == list(range(1, len(sampler._in_prompt)))
+    assert sorted(sampler._free) == list(range(1, len(sampler.tables[0])))
 
 
 def test_a_prompt_that_is_refused_takes_no_slot():
@@ -114,7 +114,7 @@ def test_a_prompt_that_is_refused_takes_no_slot():
     for _ in range(20):
         with pytest.raises(IndexError):
             sampler.open(SamplingParams(repetition_penalty=1.1), [VOCAB])
-    assert len(sampler._in_prompt) <= 9
+    assert len(sampler.tables[0]) <= 9
 
 
 def test_a_history_longer_than_expected_is_kept():

@@ -7,7 +7,7 @@ one step's batch once, on the host, and every layer reuses it.
 On CPU each sequence is computed by itself over a *view* of the pool (a gathered copy where its
 pages are not consecutive), so its result does not depend on what else is in the batch. Decode steps
 of several short sequences are computed together over a padded copy: that saves most of the time,
-and changes the last bits. On CUDA the two Triton kernels in `paged_decode` and `paged_extend` run.
+and changes the last bits. On CUDA the Triton kernels in `paged_decode` and `paged_extend` run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from mstar.engine.kernels.dispatch import use_triton
 from mstar.engine.kernels.onednn import has_onednn, product
-from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch, PagedSpan
-from mstar.engine.kernels.paged_decode import paged_decode_triton
+from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch, PagedSpan, tensors_of
+from mstar.engine.kernels.paged_decode import paged_decode_few_triton, paged_decode_triton
 from mstar.engine.kernels.paged_extend import paged_extend_triton
+from mstar.engine.kernels.paged_tiles import DECODE_FEW, get_ready, takes_few
 
 __all__ = ["paged_attention", "paged_attention_torch", "paged_attention_triton"]
 
@@ -51,8 +52,7 @@ def paged_attention(
         ``[T, heads, head_dim]`` in the dtype of ``q``.
     """
     if use_triton(q):
-        tensors = batch.tensors_on(q.device) if isinstance(batch, PagedBatch) else batch
-        return paged_attention_triton(q, k_pages, v_pages, tensors, scale)
+        return paged_attention_triton(q, k_pages, v_pages, tensors_of(batch, q.device), scale)
     if not isinstance(batch, PagedBatch):
         raise TypeError("paged_attention: BatchTensors need a CUDA device and Triton")
     return paged_attention_torch(q, k_pages, v_pages, batch, scale)
@@ -61,13 +61,19 @@ def paged_attention(
 def paged_attention_triton(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, batch: BatchTensors, scale: float
 ) -> Tensor:
-    """`paged_attention` with the two Triton kernels.
+    """`paged_attention` with the Triton kernels.
 
-    A sequence with one new token always goes through the decode kernel, also in a mixed batch.
+    Which of them a sequence goes through depends on itself alone, also in a mixed batch: decode
+    with one new token, and with up to `FEW` if it has `FEW_KEYS` keys; extend otherwise.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if not takes_few(q, k_pages):
+        batch = batch._replace(few=None)
+    elif q.is_cuda and batch.max_query_len > 1:  # the first prompt may have no such sequence
+        get_ready(DECODE_FEW, q, k_pages, v_pages, paged_decode_few_triton)
     if batch.max_query_len > 1:
         paged_extend_triton(q, k_pages, v_pages, batch, scale, out)
+        paged_decode_few_triton(q, k_pages, v_pages, batch, scale, out)
     if batch.has_decode:
         paged_decode_triton(q, k_pages, v_pages, batch, scale, out)
     return out

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from mstar.engine.kernels.staging import block_table, pack, to_device
 
-__all__ = ["BatchTensors", "PagedBatch", "PagedSpan"]
+__all__ = ["FEW", "FEW_KEYS", "BatchTensors", "Few", "PagedBatch", "PagedSpan", "tensors_of"]
+
+FEW = 8  # new tokens up to which a sequence is decoded,
+FEW_KEYS = 512  # if it has so many keys: reading fewer in parts does not pay
+
+
+class Few(NamedTuple):
+    """Sequences of a batch that have 2 to `FEW` new tokens and, as a rule, `FEW_KEYS` keys."""
+
+    rows: Tensor  # [count, 2] int32: which sequence, and how many tokens those before it have
+    tokens: int  # of all of them
 
 
 class BatchTensors(NamedTuple):
@@ -26,6 +36,8 @@ class BatchTensors(NamedTuple):
     max_query_len: int
     page_size: int
     has_decode: bool = True  # some sequence may have exactly one new token
+    few: Few | None = None  # None: sequences with more than one new token are all extended
+    shared: Tensor | None = None  # see `paged_shared`; made where it is needed, if left out
 
 
 class PagedSpan(NamedTuple):
@@ -159,9 +171,10 @@ class PagedBatch:
             starts = [0]
             for n in self.query_lens:
                 starts.append(starts[-1] + n)
+            few, tokens = self._few()
             table = block_table(self.tables)
-            parts = starts, self.kv_lens, self.causal, table.ravel()
-            query_start, kv_len, causal, pages = pack(parts, torch.int32, device)
+            parts = starts, self.kv_lens, self.causal, few, table.ravel()
+            query_start, kv_len, causal, rows, pages = pack(parts, torch.int32, device)
             found = BatchTensors(
                 query_start=query_start,
                 kv_len=kv_len,
@@ -170,9 +183,19 @@ class PagedBatch:
                 max_query_len=max(self.query_lens, default=0),
                 page_size=self.page_size,
                 has_decode=1 in self.query_lens,
+                few=Few(rows.view(-1, 2), tokens) if few else None,
             )
             self._tensors[device] = found
         return found
+
+    def _few(self) -> tuple[list[int], int]:
+        """See `Few`."""
+        rows, tokens = [], 0
+        for index, (n, kv_len) in enumerate(zip(self.query_lens, self.kv_lens, strict=True)):
+            if 1 < n <= FEW and kv_len >= FEW_KEYS:
+                rows += index, tokens
+                tokens += n
+        return rows, tokens
 
     def mask(self, span: PagedSpan, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Additive causal mask ``[query_len, kv_len]`` of a span, built once per batch."""
@@ -222,3 +245,8 @@ class PagedBatch:
         if buffer is None or (*buffer.shape, buffer.dtype) != (*shape, pages.dtype):
             buffer = self._buffers[name] = pages.new_empty(shape)
         return torch.index_select(pages, 0, index, out=buffer)
+
+
+def tensors_of(batch: PagedBatch | BatchTensors, device: torch.device) -> BatchTensors:
+    """A batch as the Triton kernels read it."""
+    return batch.tensors_on(device) if isinstance(batch, PagedBatch) else batch

@@ -2,8 +2,9 @@
 
 Blocks of queries loop over blocks of keys through the block table with an online softmax (Dao 2023,
 FlashAttention-2, algorithm 1). The rows of a block are (query, head of the group) pairs, so a key
-is read once for all query heads of its kv head and any group size works without padding. The torch
-reference is `paged_attention_torch`.
+is read once for all query heads of its kv head and any group size works without padding. Blocks of
+keys that all rows see come first, in a loop without masks. The torch reference is
+`paged_attention_torch`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton
-from mstar.engine.kernels.paged_batch import BatchTensors
+from mstar.engine.kernels.paged_batch import FEW, FEW_KEYS, BatchTensors
+from mstar.engine.kernels.paged_block import attend_block
 from mstar.engine.kernels.paged_tiles import EXTEND, block_keys, tile_for
 from mstar.engine.kernels.tuning import Choice
 
@@ -30,7 +32,8 @@ def paged_extend_triton(
     out: Tensor | None = None,
     tile: Choice | None = None,
 ) -> Tensor:
-    """`paged_attention` for the sequences of a batch that have more than one new token.
+    """`paged_attention` for the sequences of a batch that have more than one new token and are not
+    in `batch.few`.
 
     Rows of ``out`` that belong to other sequences are left as they are.
     """
@@ -58,6 +61,8 @@ def paged_extend_triton(
         *v_pages.stride()[:3],
         *out.stride()[:2],
         batch.block_table.stride(0),
+        1 if batch.few is None else FEW,
+        FEW_KEYS=FEW_KEYS,
         GROUP=group,
         DIM=dim,
         PAGE_SIZE=page_size,
@@ -68,7 +73,15 @@ def paged_extend_triton(
     return out
 
 
-@jit(varying=("table_stride",))
+@jit
+def _rows(start, first, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Each row's place among the new tokens, its token and its head."""
+    row = start + tl.arange(0, BLOCK_M)
+    query_index = row // GROUP
+    return query_index, first.to(tl.int64) + query_index, kv_head * GROUP + row % GROUP
+
+
+@jit(varying=("table_stride", "few"))
 def _extend_kernel(
     q,  # [tokens, heads, DIM]
     k_pages,  # [pages, PAGE_SIZE, kv_heads, DIM]
@@ -90,6 +103,8 @@ def _extend_kernel(
     out_token_stride,
     out_head_stride,
     table_stride,
+    few,  # new tokens up to which a sequence with FEW_KEYS keys is decoded
+    FEW_KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -103,52 +118,87 @@ def _extend_kernel(
     sequence = tl.program_id(2).to(tl.int64)
     first = tl.load(query_start + sequence)
     length = tl.load(query_start + sequence + 1) - first
-    if (length == 1) | (block * BLOCK_M >= length * GROUP):
-        return
     kv_len = tl.load(kv_lens + sequence)
+    decoded = (length == 1) | ((length <= few) & (kv_len >= FEW_KEYS))
+    if decoded | (block * BLOCK_M >= length * GROUP):
+        return
     is_causal = tl.load(causal + sequence)
 
-    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    query_index = row // GROUP
+    query_index, token, head = _rows(block * BLOCK_M, first, kv_head, GROUP, BLOCK_M)
     is_row = query_index < length
-    token = first.to(tl.int64) + query_index
-    head = kv_head * GROUP + row % GROUP
     column = tl.arange(0, BLOCK_D)
     inside = column < DIM
     row_mask = is_row[:, None] & inside[None, :]
     source = q + token * q_token_stride + head * q_head_stride
     query = tl.load(source[:, None] + column[None, :], mask=row_mask, other=0.0)
 
-    # Each row sees keys 0 .. seen - 1; at least one, so the running maximum is finite at once.
+    # Each row sees keys 0 .. seen - 1, those of the first `whole` blocks in any case.
     seen = tl.where((is_causal != 0) & is_row, kv_len - length + query_index + 1, kv_len)
-    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, length - 1)
-    end = tl.where(is_causal != 0, kv_len - length + last + 1, kv_len)
+    first_row = block * BLOCK_M // GROUP
+    last_row = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, length - 1)
+    all_see = tl.where(is_causal != 0, kv_len - length + first_row + 1, kv_len)
+    end = tl.where(is_causal != 0, kv_len - length + last_row + 1, kv_len)
+    whole = all_see // BLOCK_N * BLOCK_N
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    k_pages += kv_head * k_head_stride
+    v_pages += kv_head * v_head_stride
+    table = block_table + sequence * table_stride
+    peak = tl.full([BLOCK_M], -1e30, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, end, BLOCK_N):
-        position = start + tl.arange(0, BLOCK_N)
-        valid = position < end
-        entry = block_table + sequence * table_stride + position // PAGE_SIZE
-        page = tl.load(entry, mask=valid, other=0).to(tl.int64)
-        offset = position % PAGE_SIZE
-        kv_mask = valid[:, None] & inside[None, :]
-        k_rows = k_pages + page * k_page_stride + offset * k_slot_stride + kv_head * k_head_stride
-        key = tl.load(k_rows[:, None] + column[None, :], mask=kv_mask, other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
-        visible = valid[None, :] & (position[None, :] < seen[:, None])
-        score = tl.where(visible, score, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(score, axis=1))
-        weight = tl.exp2(score - new_peak[:, None])
-        fade = tl.exp2(peak - new_peak)
-        v_rows = v_pages + page * v_page_stride + offset * v_slot_stride + kv_head * v_head_stride
-        value = tl.load(v_rows[:, None] + column[None, :], mask=kv_mask, other=0.0)
-        total = total * fade + tl.sum(weight, axis=1)
-        acc = acc * fade[:, None]
-        acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
-        peak = new_peak
+    for start in range(0, whole, BLOCK_N):
+        peak, total, acc = attend_block(
+            query,
+            peak,
+            total,
+            acc,
+            start,
+            end,
+            seen,
+            k_pages,
+            v_pages,
+            table,
+            scale_log2,
+            k_page_stride,
+            k_slot_stride,
+            v_page_stride,
+            v_slot_stride,
+            DIM,
+            PAGE_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=False,
+        )
+    for start in tl.range(whole, end, BLOCK_N, num_stages=1):
+        peak, total, acc = attend_block(
+            query,
+            peak,
+            total,
+            acc,
+            start,
+            end,
+            seen,
+            k_pages,
+            v_pages,
+            table,
+            scale_log2,
+            k_page_stride,
+            k_slot_stride,
+            v_page_stride,
+            v_slot_stride,
+            DIM,
+            PAGE_SIZE,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED=True,
+        )
 
+    # Worked out again from what is read again: kept during the loops it would not fit in registers.
+    again = tl.load(query_start + sequence, volatile=True)
+    query_index, token, head = _rows(
+        block * BLOCK_M + again - first, again, kv_head, GROUP, BLOCK_M
+    )
+    row_mask = (query_index < length)[:, None] & inside[None, :]
     target = out + token * out_token_stride + head * out_head_stride
     result = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(target[:, None] + column[None, :], result, mask=row_mask)

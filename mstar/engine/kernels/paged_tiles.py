@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 
 from mstar.engine.kernels.dispatch import next_power_of_2
-from mstar.engine.kernels.paged_batch import BatchTensors
+from mstar.engine.kernels.paged_batch import FEW, BatchTensors, Few
 from mstar.engine.kernels.tuning import Choice, best
 
-__all__ = ["DECODE", "EXTEND", "block_keys", "tile_for", "tiles"]
+__all__ = [
+    "DECODE",
+    "DECODE_FEW",
+    "EXTEND",
+    "block_keys",
+    "get_ready",
+    "takes_few",
+    "tile_for",
+    "tiles",
+]
 
-DECODE, EXTEND = "paged_decode", "paged_extend"
+DECODE, DECODE_FEW, EXTEND = "paged_decode", "paged_decode_few", "paged_extend"
 # Keys are read where the block table says, after it was read: it takes two more stages to have one
 # more block of keys under way.
 _NARROW = {
@@ -28,6 +37,11 @@ _NARROW = {
         Choice(num_warps=4, num_stages=5),
         Choice(num_warps=4, num_stages=7),
         Choice(num_warps=2, num_stages=5),
+    ),
+    DECODE_FEW: (
+        Choice(num_warps=4, num_stages=2),
+        Choice(num_warps=4, num_stages=5),
+        Choice(num_warps=8, num_stages=5),
     ),
     EXTEND: (
         Choice(BLOCK_M=64, num_warps=4, num_stages=2),
@@ -42,6 +56,10 @@ _WIDE = {
         Choice(num_warps=4, num_stages=2),
         Choice(num_warps=4, num_stages=5),
     ),
+    DECODE_FEW: (
+        Choice(num_warps=8, num_stages=1),
+        Choice(num_warps=8, num_stages=2),
+    ),
     EXTEND: (
         Choice(BLOCK_M=32, num_warps=8, num_stages=1),  # float32 takes registers, not matrix units
         Choice(BLOCK_M=64, num_warps=8, num_stages=2),
@@ -51,7 +69,9 @@ _WIDE = {
 
 
 # What is measured: sequences, new tokens of each, and keys, as far as the pool has them.
-_MEASURED = {DECODE: (16, 1, 2048), EXTEND: (1, 1024, 1024)}
+_MEASURED = {DECODE: (16, 1, 2048), DECODE_FEW: (4, FEW, 2048), EXTEND: (1, 1024, 1024)}
+
+_ready: set[tuple[str, str, torch.device]] = set()
 
 
 def tile_for(
@@ -67,6 +87,17 @@ def tile_for(
     return best(kernel, *tiles(kernel, q, k_pages), run, q.device)
 
 
+def get_ready(
+    kernel: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, launch: Callable[..., Tensor]
+) -> None:
+    """Launch a kernel once for a model: so it is compiled before it is needed."""
+    key = kernel, tiles(kernel, q, k_pages)[0], q.device
+    if key not in _ready and not (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _ready.add(key)
+        rows, batch = _sample(kernel, q, k_pages)
+        launch(rows, k_pages, v_pages, batch, 1.0)
+
+
 def _sample(kernel: str, q: Tensor, k_pages: Tensor) -> tuple[Tensor, BatchTensors]:
     """Queries and a batch whose pages are scattered over a pool."""
     count, new, keys = _MEASURED[kernel]
@@ -74,6 +105,7 @@ def _sample(kernel: str, q: Tensor, k_pages: Tensor) -> tuple[Tensor, BatchTenso
     width = max(1, min(keys // size, pages))
     new = min(new, width * size)
     ints = {"dtype": torch.int32, "device": q.device}
+    numbers = torch.arange(count, **ints)
     table = torch.arange(count * width, **ints) * 97 % pages
     batch = BatchTensors(
         query_start=torch.arange(count + 1, **ints) * new,
@@ -82,6 +114,8 @@ def _sample(kernel: str, q: Tensor, k_pages: Tensor) -> tuple[Tensor, BatchTenso
         causal=torch.ones(count, **ints),
         max_query_len=new,
         page_size=size,
+        few=Few(torch.stack([numbers, numbers * new], 1), count * new),
+        shared=torch.zeros(count, **ints),
     )
     return q.new_zeros(count * new, *q.shape[1:]), batch
 
@@ -91,11 +125,17 @@ def block_keys(q: Tensor) -> int:
     return max(16, min(64, (1 << 14) // (next_power_of_2(q.shape[2]) * q.element_size())))
 
 
+def takes_few(q: Tensor, k_pages: Tensor) -> bool:
+    """Whether the query heads of `FEW` tokens fit into the rows of one product."""
+    rows = FEW * (q.shape[1] // k_pages.shape[2])
+    return rows <= (64 if block_keys(q) == 64 else 32)
+
+
 def tiles(kernel: str, q: Tensor, k_pages: Tensor) -> tuple[str, tuple[Choice, ...]]:
     """What a choice is measured for, and the choices.
 
     Args:
-        kernel: `DECODE` or `EXTEND`.
+        kernel: `DECODE`, `DECODE_FEW` or `EXTEND`.
         q: `[tokens, heads, dim]`.
         k_pages: `[pages, page_size, kv_heads, dim]`.
     """

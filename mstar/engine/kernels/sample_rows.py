@@ -14,9 +14,22 @@ from mstar.engine.kernels.staging import pack
 if TYPE_CHECKING:
     from mstar.engine.sampling import SamplerState
 
-__all__ = ["SampleRows"]
+__all__ = ["HeldRows", "SampleRows", "draw_numbers", "thresholds_of"]
 
 _SIGN = 1 << 63
+
+
+def thresholds_of(state: SamplerState) -> tuple[float, ...]:
+    """Temperature, top-p, min-p; repetition, presence and frequency penalties."""
+    p = state.params
+    return p.temperature, p.top_p, p.min_p, state.repetition, state.presence, state.frequency
+
+
+def draw_numbers(state: SamplerState, vocab: int) -> tuple[int, ...]:
+    """Key of the next draw (the int64 with the same bits), top-k; row of the tables, and 1 if
+    the token is to be counted there."""
+    p = state.params
+    return (state.next_key() ^ _SIGN) - _SIGN, p.top_k or vocab, state.slot, int(p.penalises)
 
 
 class SampleRows:
@@ -33,24 +46,12 @@ class SampleRows:
 
     @cached_property
     def _floats(self) -> list[Tensor]:
-        values = [
-            (p.temperature, p.top_p, p.min_p, s.repetition, s.presence, s.frequency)
-            for s in self.states
-            for p in (s.params,)
-        ]
+        values = [thresholds_of(state) for state in self.states]
         return pack(list(zip(*values, strict=True)), torch.float64, self.device)
 
     @cached_property
     def _ints(self) -> list[Tensor]:
-        values = [
-            (
-                (s.next_key() ^ _SIGN) - _SIGN,  # the int64 with the same bits
-                s.params.top_k or self.vocab,
-                s.slot,
-                s.params.penalises,
-            )
-            for s in self.states
-        ]
+        values = [draw_numbers(state, self.vocab) for state in self.states]
         return pack(list(zip(*values, strict=True)), torch.int64, self.device)
 
     @property
@@ -87,3 +88,18 @@ class SampleRows:
     def counted(self) -> Tensor:
         """1 for the rows that have penalties, int64 `[batch]`."""
         return self._ints[3]
+
+
+class HeldRows(SampleRows):
+    """The same of columns that are on the device already, as where a step is captured: it has to
+    serve all parameters.
+
+    Args:
+        floats: columns `[batch]` of `thresholds_of`; the penalties only if there are any.
+        ints: columns `[batch]` of `draw_numbers`, likewise.
+    """
+
+    def __init__(self, vocab: int, floats: Sequence[Tensor], ints: Sequence[Tensor]) -> None:
+        self.vocab = vocab
+        self.are_greedy, self.cut_by_rank, self.penalise = False, True, len(ints) > 2
+        self._floats, self._ints = floats, ints

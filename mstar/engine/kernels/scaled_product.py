@@ -2,10 +2,13 @@
 
 Up to 64 rows of x go through a kernel that reads the weight as it is stored, which is what such
 products wait for; it widens tiles to what matrix units multiply, without loss, and adds up in
-float32. More rows in bfloat16 go to the library: e4m3 as it is, int8 after it was widened whole.
+float32. More rows in bfloat16 go to the library: e4m3 as it is, where the library can do that, int8
+after it was widened whole.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, next_power_of_2, tl, triton, use_triton
 from mstar.engine.kernels.onednn import has_onednn, product
+from mstar.engine.kernels.quantize_rows import FP8
 from mstar.engine.kernels.tuning import Choice, best
 
 __all__ = [
@@ -65,9 +69,22 @@ def scaled_product(
 
 def library_takes(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the library's product can be used: float16 may overflow before it is scaled, and fp8
-    is multiplied in pieces of 16."""
-    fits = weight.dtype == torch.int8 or not any(size % 16 for size in weight.shape)
-    return dtype == torch.bfloat16 and fits
+    is multiplied in pieces of 16, where the library can scale rows of it."""
+    if dtype != torch.bfloat16 or weight.dtype == torch.int8:
+        return dtype == torch.bfloat16
+    return not any(size % 16 for size in weight.shape) and _library_scales_rows(weight.device)
+
+
+@cache
+def _library_scales_rows(device: torch.device) -> bool:
+    """Whether torch has products of fp8 with a scale for every row there, which depends on the GPU
+    and on how torch was built."""
+    x, scales = torch.zeros(16, 16, device=device).to(FP8), torch.ones(16, device=device)
+    try:
+        scaled_product_library(x, x, scales, None, scales, torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def scaled_product_library(

@@ -16,7 +16,7 @@ from torch import Tensor
 from mstar.engine.captured import CapturedSteps, Record, Step
 from mstar.engine.kernels.dispatch import next_power_of_2
 from mstar.engine.kernels.guided_euler import guided_euler
-from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
+from mstar.engine.kernels.paged_batch import FEW, BatchTensors, Few, PagedBatch
 from mstar.engine.kernels.staging import block_table, to_device
 from mstar.engine.kvcache import KVCache, KVPool
 from mstar.engine.paged_context import PagedContext
@@ -183,8 +183,9 @@ class Stepper:
         place = length.unsqueeze(1) + torch.arange(each + _MARKS, device=length.device)
         slots = pages.gather(1, place // size) * size + place % size
         slots = torch.cat([slots[:, :each].flatten(), slots[:, each:].flatten()])
-        first = torch.arange(count, device=length.device) * each
-        second = torch.arange(count + 1, device=length.device) * _MARKS + count * each
+        number = torch.arange(count + 1, device=length.device)
+        first, second = number[:-1] * each, number * _MARKS + count * each
+        marks = torch.stack([number[:-1] + count, number[:-1] * _MARKS], 1).to(torch.int32)
         batch = BatchTensors(
             query_start=torch.cat([first, second]).to(torch.int32),
             kv_len=(length + each + _MARKS).repeat(2).to(torch.int32),
@@ -193,6 +194,7 @@ class Stepper:
             max_query_len=max(each, _MARKS),
             page_size=size,
             has_decode=each == 1,
+            few=Few(marks, count * _MARKS) if each > FEW else None,
         )
         return PagedContext(self.pool, batch, slots)
 

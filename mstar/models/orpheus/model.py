@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mstar.engine.captured import record
 from mstar.engine.channel import Channel
 from mstar.engine.checkpoint import Checkpoint
 from mstar.engine.lm import LanguageModel
@@ -21,7 +22,7 @@ from mstar.engine.traps import Call, spawn
 from mstar.errors import ContextTooLong, InvalidRequest
 from mstar.models.base import Inputs, Model, Setup, filled
 from mstar.models.orpheus.card import MOST_TOKENS
-from mstar.models.orpheus.codec import CodecJob, codec_runner
+from mstar.models.orpheus.codec import Codec, CodecJob
 from mstar.models.orpheus.frames import FrameBuffer
 from mstar.models.orpheus.networks import networks
 from mstar.models.orpheus.prompt import (
@@ -43,6 +44,9 @@ _ABREAST = 8
 # Frames per codec call: one at a time for those who listen along, more for those who wait.
 _CHUNK_STREAMED, _CHUNK_WHOLE = 1, 16
 _WARM_FRAMES = 12
+# Heard frames of a captured batch: in larger ones the GPU is busy for longer, and their memory
+# would be kept for good.
+_CAPTURED_FRAMES = 64
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,10 @@ class Orpheus(Model):
         self.sample_rate = snac.config.sampling_rate
         self.networks = (lm.network, snac)
         self.encode = encode
+        self.decoder = Codec(snac, lm.device, record() if lm.device.type == "cuda" else None)
         self.snac = Node(
             "snac",
-            codec_runner(snac, lm.device),
+            self.decoder.run,
             key=lambda job: job.shape,
             max_batch=lm.max_batch,
             cost=lambda job: job.cost,
@@ -173,6 +178,8 @@ class Orpheus(Model):
         self.lm.warmup()
         for seed in (None, 0) if self.codec.noise else (None,):
             self.snac.run([CodecJob([0] * 7 * _WARM_FRAMES, 0, _WARM_FRAMES, seed, (0, 1))])
+        for chunk in (_CHUNK_WHOLE, _CHUNK_STREAMED):
+            self.decoder.capture(chunk, min(self.snac.max_batch, _CAPTURED_FRAMES // chunk))
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         """See `Model.examples`."""

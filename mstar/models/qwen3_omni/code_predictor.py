@@ -157,7 +157,7 @@ class Sequences:
         layers = list(zip(self._keys[:, :count], self._values[:, :count], strict=True))
         return [
             _Step(
-                slots[:, rows].flatten(),
+                slots[:, rows].flatten().contiguous(),  # a kernel reads them as they lie
                 paired_angles(*self.decoder.rotary.angles(places[:, rows].flatten())),
                 [tuple(x[:, : rows.stop].transpose(1, 2) for x in layer) for layer in layers],
             )

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from mstar.engine.captured import CapturedSteps, record
+from mstar.engine.captured import record
 from mstar.engine.channel import Channel
 from mstar.engine.feature_cache import FeatureCache
 from mstar.engine.kvcache import KVCache
@@ -32,7 +32,7 @@ from mstar.models.qwen3_omni.networks import Networks, load_networks
 from mstar.models.qwen3_omni.plan import Plan, Planner
 from mstar.models.qwen3_omni.positions import offset_of
 from mstar.models.qwen3_omni.prompt import Segment
-from mstar.models.qwen3_omni.runners import audio_runner, vision_runner, vocoder_runner
+from mstar.models.qwen3_omni.runners import VocoderRunner, audio_runner, vision_runner
 from mstar.models.qwen3_omni.speaking import HiddenStates, Speech
 from mstar.models.qwen3_omni.speech import Speaker
 from mstar.models.qwen3_omni.template import check_template
@@ -49,7 +49,7 @@ _SHARE = 0.8  # of the memory for KV caches that the Thinker's takes beside the 
 
 
 class Qwen3Omni(Model):
-    """Nodes `thinker`, `vision`, `audio`; and `talker`, `frame` and `vocoder` if it speaks."""
+    """Nodes `thinker`, `vision`, `audio`; and `talker` and `vocoder` if it speaks."""
 
     options = ("speech",)
     quantized = (
@@ -86,11 +86,12 @@ class Qwen3Omni(Model):
 
     def _speech(self, networks: Networks, lm: LanguageModel) -> Speech:
         omni = networks.omni
-        steps = CapturedSteps(record(), lm.device) if lm.device.type == "cuda" else None
-        frames = Frames(omni, steps, lm.max_batch)
+        on_gpu = lm.device.type == "cuda"
+        frames = Frames(omni, lm, record() if on_gpu else None)
+        self.sounds = VocoderRunner(networks.vocoder, record() if on_gpu else None)
         sound = Node(
             "vocoder",
-            vocoder_runner(networks.vocoder),
+            self.sounds.run,
             key=lambda job: job.shape,
             max_batch=16,
             beside=True,
@@ -100,7 +101,6 @@ class Qwen3Omni(Model):
             omni,
             lm,
             frames,
-            Node("frame", frames.run, max_batch=lm.max_batch),
             networks.vocoder,
             sound,
             Speaker(omni.thinker, omni.talker, self.config, newline),
@@ -110,7 +110,7 @@ class Qwen3Omni(Model):
     def nodes(self) -> Sequence[Node]:
         """See `Model.nodes`."""
         speech = self.speech
-        spoken = () if speech is None else (speech.lm, speech.frame, speech.sound)
+        spoken = () if speech is None else (speech.lm, speech.sound)
         return (self.thinker, self.vision, self.audio, *spoken)
 
     @classmethod
@@ -132,8 +132,8 @@ class Qwen3Omni(Model):
         own = setup if omni.talker is None else replace(setup, memory_fraction=fraction * _SHARE)
         lms = [own.language_model("thinker", omni.thinker, fractions=True)]
         if omni.talker is not None:
-            own, width = replace(setup, prefix_cache=False), omni.talker.config.text.hidden_size
-            lms.append(own.language_model("talker", omni.talker, width=width, fractions=True))
+            own = replace(setup, prefix_cache=False)
+            lms.append(own.language_model("talker", omni.talker, graphs=False))  # but see `Frames`
         return cls(networks, tokenizer, lms)
 
     def warmup(self) -> None:
@@ -146,6 +146,7 @@ class Qwen3Omni(Model):
             lm.warmup()
         if self.speech is not None:
             self.speech.frames.warmup()
+            self.sounds.capture(self.speech.sound.max_batch)
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         """See `Model.examples`."""

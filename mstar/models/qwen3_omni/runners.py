@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mstar.engine.captured import Record
+from mstar.engine.captured_batches import CapturedBatches
 from mstar.engine.kernels.staging import to_host
 from mstar.models.qwen3_omni.material import Material
 from mstar.models.qwen3_omni.networks import Omni
 from mstar.models.qwen3_omni.pixels import normalised
 from mstar.models.qwen3_omni.vocoder import Vocoder, VocoderStream
 
-__all__ = ["VocoderJob", "audio_runner", "vision_runner", "vocoder_runner"]
+__all__ = ["VocoderJob", "VocoderRunner", "audio_runner", "chunk_sizes", "vision_runner"]
+
+_FIRST_CHUNK, _LARGEST_CHUNK = 2, 32
+# Frames of a captured batch: in larger ones the GPU is busy for longer, and their memory would be
+# kept for good.
+_CAPTURED_FRAMES = 64
 
 
 def vision_runner(omni: Omni, device: torch.device) -> Callable[[list[Material]], list[Tensor]]:
@@ -63,12 +70,50 @@ class VocoderJob:
         return len(self.frames), len(self.stream.rows)
 
 
-def vocoder_runner(vocoder: Vocoder) -> Callable[[list[VocoderJob]], list[np.ndarray]]:
-    """Frames -> the samples int16 that they make certain."""
+def chunk_sizes() -> Iterator[int]:
+    """Frames that the vocoder is given at a time: few at first, so that sound comes early. A chunk
+    is heard while the next one, twice as large, is made."""
+    size = _FIRST_CHUNK
+    while True:
+        yield size
+        size = min(2 * size, _LARGEST_CHUNK)
 
-    def run(jobs: list[VocoderJob]) -> list[np.ndarray]:
+
+class VocoderRunner:
+    """Makes frames heard.
+
+    Args:
+        record: how batches are captured (see `engine.captured`); None for not at all.
+    """
+
+    def __init__(self, vocoder: Vocoder, record: Record | None = None) -> None:
+        self.batches = CapturedBatches(record)
+        self._vocoder = vocoder
+
+    def run(self, jobs: list[VocoderJob]) -> list[np.ndarray]:
+        """A node's `run`: frames -> the samples int16 that they make certain."""
+        vocoder, streams = self._vocoder, [job.stream for job in jobs]
         codes = torch.stack([torch.stack(job.frames, 1) for job in jobs])
-        waves = vocoder.extend(codes, [job.stream for job in jobs])
-        return list(to_host(waves.mul(32767).to(torch.int16)).numpy())
+        inputs = codes, *vocoder.states(streams)
+        with self.batches.run(vocoder.advance, *inputs) as (waves, *after):
+            samples = waves.mul(32767).to(torch.int16)
+            vocoder.proceed(streams, codes.shape[2], after)
+            return list(to_host(samples).numpy())
 
-    return run
+    def capture(self, most: int) -> None:
+        """Capture the chunks that a stream is given before its last one, at most so many
+        together."""
+        vocoder, shapes, frames = self._vocoder, [], 0
+        for size in chunk_sizes():
+            shape = size, min(frames, vocoder.synthesis.context)
+            if shapes[-1:] == [shape]:  # all that follow are alike
+                break
+            shapes.append(shape)
+            frames += size
+        for size, before in reversed(shapes):
+            stream = vocoder.stream()
+            stream.rows = stream.rows.new_zeros(before, stream.rows.shape[1])
+            inputs = vocoder.states([stream])
+            codes = inputs[0].new_zeros(1, vocoder.config.num_quantizers, size)
+            count = min(most, _CAPTURED_FRAMES // size)
+            self.batches.capture(vocoder.advance, codes, *inputs, most=count)

@@ -6,7 +6,6 @@ and takes one more with every frame; the vocoder follows in chunks that grow.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,22 +26,11 @@ from mstar.models.qwen3_omni.frames import Frame, FrameJob, Frames
 from mstar.models.qwen3_omni.networks import Omni
 from mstar.models.qwen3_omni.plan import SpeechPlan
 from mstar.models.qwen3_omni.positions import offset_of
-from mstar.models.qwen3_omni.runners import VocoderJob
+from mstar.models.qwen3_omni.runners import VocoderJob, chunk_sizes
 from mstar.models.qwen3_omni.speech import OPENING, Speaker
 from mstar.models.qwen3_omni.vocoder import SAMPLE_RATE, Vocoder
 
 __all__ = ["HiddenStates", "Speech"]
-
-_FIRST_CHUNK, _LARGEST_CHUNK = 2, 32
-
-
-def _chunk_sizes() -> Iterator[int]:
-    """Frames that the vocoder is given at a time: few at first, so that sound comes early. A chunk
-    is heard while the next one, twice as large, is made."""
-    size = _FIRST_CHUNK
-    while True:
-        yield size
-        size = min(2 * size, _LARGEST_CHUNK)
 
 
 def _talker_sampling(params: dict[str, Any], seed: int, limit: int, end: int) -> SamplingParams:
@@ -110,15 +98,13 @@ class Speech:
 
     Args:
         lm: the Talker, as a language model of codes.
-        frames: what completes frames.
-        frame: its node.
+        frames: what it runs frames with.
         sound: node of the vocoder.
     """
 
     omni: Omni
     lm: LanguageModel
     frames: Frames
-    frame: Node
     vocoder: Vocoder
     sound: Node
     speaker: Speaker
@@ -134,8 +120,8 @@ class Speech:
     ) -> str:
         """Say the tokens of a text; nothing if there is none.
 
-        With look-ahead, a frame is completed and the next step is launched before it is known
-        whether the code was the end.
+        With look-ahead, a frame is completed and the next one begun before it is known whether its
+        first code was the end.
 
         Args:
             limit: most frames, the end counted.
@@ -163,15 +149,15 @@ class Speech:
                     text = await anext(tokens, None)
                     if text is None:
                         text, after = after, self.omni.config.tts_pad_token_id
-                    frame: Frame = await self.frame(FrameJob(step, text, others))
-                    following = await self.lm(Span(kv, frame.inputs, 1, sampler=codes, hidden=True))
-                    if ended is None and step.token == end:  # then these two were for nothing
+                    job = FrameJob(step, text, others, count - 1)
+                    frame: Frame = await self.lm(Span(kv, job, 1, sampler=codes, hidden=True))
+                    if ended is None and step.token == end:  # then this was for nothing
                         ended = True
                         break
                     frames.send(frame.codes)
                     request.usage.generated_tokens += 1
                     request.usage.speech_tokens += 1
-                    step = following
+                    step = frame.following
         finally:
             self.lm.sampler.close(codes)
         frames.close()
@@ -205,7 +191,7 @@ class Speech:
 
     async def _hear(self, request: Request, frames: Channel) -> None:
         """Frames to samples, chunk by chunk."""
-        stream, held, sizes = self.vocoder.stream(), [], _chunk_sizes()
+        stream, held, sizes = self.vocoder.stream(), [], chunk_sizes()
         size = next(sizes)
         async for codes in frames:
             held.append(codes)

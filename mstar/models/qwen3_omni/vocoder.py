@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mstar.engine.kernels.rms_norm import rms_norm
+from mstar.engine.kernels.staging import to_device
 from mstar.engine.layers.linear import linear
 from mstar.engine.layers.mlp import GatedMLP
 from mstar.engine.layers.rotary import Rotary, rotate
@@ -131,49 +132,75 @@ class Vocoder(nn.Module):
             codes: integers `[batch, groups, frames]`.
             streams: of each row, with equally many `rows`. They are changed.
         """
-        x = self.transform(self.embed(codes), streams)
-        skip = len(streams[0].rows)
-        if skip:
-            x = torch.cat([torch.stack([stream.rows for stream in streams]), x], 1)
-        wave = self.synthesis(x, skip)
-        for stream, rows in zip(streams, x[:, -self.synthesis.context :], strict=True):
-            stream.rows = rows
-            stream.frames += codes.shape[2]
+        wave, *after = self.advance(codes, *self.states(streams))
+        self.proceed(streams, codes.shape[2], after)
         return wave
 
-    def transform(self, x: Tensor, streams: Sequence[VocoderStream] | None = None) -> Tensor:
-        """The transformer's output `[batch, frames, hidden]`.
+    def states(self, streams: Sequence[VocoderStream]) -> tuple[Tensor, ...]:
+        """What `advance` has to know of streams: frames so far int64 `[batch]`, keys, values and
+        rows, each `[batch, ...]`."""
+        weight = self.code_embedding.weight
+        frames = to_device([stream.frames for stream in streams], torch.int64, weight.device)
+        names = ("keys", "values", "rows")
+        return frames, *(torch.stack([getattr(s, name) for s in streams]) for name in names)
+
+    def advance(
+        self, codes: Tensor, frames: Tensor, keys: Tensor, values: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`extend`, as a function of tensors: samples, and the next keys, values and rows."""
+        x, keys, values = self._transform(self.embed(codes), frames, keys, values)
+        skip = rows.shape[1]
+        if skip:
+            x = torch.cat([rows, x], 1)
+        return self.synthesis(x, skip), keys, values, x[:, -self.synthesis.context :]
+
+    def proceed(
+        self, streams: Sequence[VocoderStream], frames: int, after: Sequence[Tensor]
+    ) -> None:
+        """Streams have got so many frames more; `after` is what `advance` made of their states."""
+        for stream, keys, values, rows in zip(streams, *after, strict=True):
+            stream.frames += frames
+            stream.keys.copy_(keys)
+            stream.values.copy_(values)
+            stream.rows = rows.clone()
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The transformer's output `[batch, frames, hidden]` for mean embeddings like it."""
+        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return self._transform(x, first)[0]
+
+    def _transform(
+        self, x: Tensor, first: Tensor, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The output, and the keys and values after it where there were some before.
 
         Args:
-            x: mean embeddings, like it.
-            streams: what came before each row of the batch; their keys and values are changed.
+            first: places of the first frames, `[batch]`.
+            keys, values: before them, `[batch, layers, window - 1, heads, head_dim]`.
         """
         count, window, eps = x.shape[1], self.config.sliding_window, self.config.rms_norm_eps
-        before = 0 if streams is None else window - 1  # keys and values, though not all are there
-        first = torch.tensor([0] if streams is None else [s.frames for s in streams])
-        first = first.to(x.device)[:, None]
-        places = first + torch.arange(count, device=x.device)
-        keyed = first + torch.arange(-before, count, device=x.device)
+        before = 0 if keys is None else window - 1  # though not all are there
+        places = first[:, None] + torch.arange(count, device=x.device)
+        keyed = first[:, None] + torch.arange(-before, count, device=x.device)
         back = places[:, :, None] - keyed[:, None]
         seen = ((back >= 0) & (back < window) & (keyed >= 0)[:, None])[:, None]
-        angles = self.rotary.angles(places.expand(len(x), -1).flatten())
-        if streams is not None:
-            old_keys, old_values = (
-                torch.stack([getattr(stream, name) for stream in streams], 1)
-                for name in ("keys", "values")
-            )
+        angles = self.rotary.angles(places.flatten())
+        kept: list[tuple[Tensor, Tensor]] = []
         for index, layer in enumerate(self.pre_transformer.layers):
             own = layer.self_attn
             h = rms_norm(x, layer.input_layernorm.weight, eps)
             q, k, v = linear(h, own.qkv_proj.weight).unflatten(-1, (3, own.heads, -1)).unbind(2)
             q, k = (rotate(t.flatten(0, 1), *angles).view(q.shape) for t in (q, k))
-            if streams is not None:
-                k, v = torch.cat([old_keys[index], k], 1), torch.cat([old_values[index], v], 1)
-                for stream, keys, values in zip(streams, k, v, strict=True):
-                    stream.keys[index], stream.values[index] = keys[count:], values[count:]
+            if keys is not None:
+                k, v = torch.cat([keys[:, index], k], 1), torch.cat([values[:, index], v], 1)
+                kept.append((k[:, count:], v[:, count:]))
             heads = (t.transpose(1, 2) for t in (q, k, v))
             h = F.scaled_dot_product_attention(*heads, attn_mask=seen).transpose(1, 2).flatten(2)
             x = torch.addcmul(x, linear(h, own.o_proj.weight), layer.self_attn_layer_scale.scale)
             h = layer.mlp(rms_norm(x, layer.post_attention_layernorm.weight, eps))
             x = torch.addcmul(x, h, layer.mlp_layer_scale.scale)
-        return rms_norm(x, self.pre_transformer.norm.weight, eps)
+        x = rms_norm(x, self.pre_transformer.norm.weight, eps)
+        if keys is None:
+            return x, None, None
+        keys, values = (torch.stack(parts, 1) for parts in zip(*kept, strict=True))
+        return x, keys, values

@@ -36,6 +36,7 @@ from mstar.engine.kernels import (
     matvec,
     paged_decode,
     paged_extend,
+    paged_shared,
     paged_tiles,
     pair_rotary,
     quantize_rows,
@@ -57,19 +58,23 @@ _ATTENTION = {
     "partial": "*fp32",
     "log_sums": "*fp32",
     "scale_log2": "fp32",
+    "FEW_KEYS": 512,
 }
+_DECODE = {"few": None, "shared": "*i32", "QUERIES": 1, "TOGETHER": 4, "BLOCK_G": 16}
+_DECODE_FEW = {"few": "*i32", "shared": None, "QUERIES": 8, "TOGETHER": 1}
 
 
-def _attention(kernel: str, dtype: str, dim: int) -> dict[str, Any]:
+def _attention(kernel: str, dtype: str, dim: int, group: int = 3, **more: Any) -> dict[str, Any]:
     """With the tile of a GPU that was not measured."""
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    q, pages = torch.empty(1, 24, dim, dtype=kind), torch.empty(1, 16, 8, dim, dtype=kind)
+    q, pages = torch.empty(1, 8 * group, dim, dtype=kind), torch.empty(1, 16, 8, dim, dtype=kind)
     return {
         **_ATTENTION,
         **dict.fromkeys(("q", "k_pages", "v_pages", "out"), f"*{dtype}"),
         **{"DIM": dim, "BLOCK_D": dim, "BLOCK_N": paged_tiles.block_keys(q), "PAGE_SIZE": 16},
-        **{"GROUP": 3, "MIN_CHUNK": 256, "BLOCK_G": 16},
+        **{"GROUP": group, "MIN_CHUNK": 256},
         **paged_tiles.tiles(kernel, q, pages)[1][0],
+        **more,
     }
 
 
@@ -109,7 +114,8 @@ _CODEC = {
     **{"ADDED": True, "ACTIVE": True},
 }
 _RESIZE = {"x": "*u8", "table": "*i32", "out": "*u8", "NORMAL": False, "BLOCK": 1024, **_MEANS}
-_COMBINE = {"DIM": 128, "SPLITS": 16, "BLOCK_D": 128, "num_warps": 4}
+_COMBINE = {"out": "*bf16", "DIM": 128, "SPLITS": 16, "BLOCK_D": 128, "num_warps": 4}
+_SHARED = {"shared": "*i32", "TOGETHER": 4, "PAGE_SIZE": 16, "BLOCK": 1024, "num_warps": 4}
 
 
 def _grouped(dtype: str, size: int, choice: dict[str, int], **more: Any) -> dict[str, Any]:
@@ -160,9 +166,25 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (paged_extend._extend_kernel, "bf16", _attention("paged_extend", "bf16", 128)),
     (paged_extend._extend_kernel, "fp32", _attention("paged_extend", "fp32", 128)),
     (paged_extend._extend_kernel, "fp32 wide", _attention("paged_extend", "fp32", 256)),
-    (paged_decode._decode_kernel, "bf16", _attention("paged_decode", "bf16", 128)),
-    (paged_decode._decode_kernel, "fp32 wide", _attention("paged_decode", "fp32", 256)),
-    (paged_decode._combine_kernel, "bf16", _ATTENTION | {"out": "*bf16"} | _COMBINE),
+    (paged_decode._decode_kernel, "bf16", _attention("paged_decode", "bf16", 128, **_DECODE)),
+    (
+        paged_decode._decode_kernel,
+        "fp32 wide",
+        _attention("paged_decode", "fp32", 256, **_DECODE),
+    ),
+    (
+        paged_decode._decode_kernel,
+        "bf16 few",
+        _attention("paged_decode_few", "bf16", 128, 8, BLOCK_G=64, **_DECODE_FEW),
+    ),
+    (
+        paged_decode._decode_kernel,
+        "fp32 few",
+        _attention("paged_decode_few", "fp32", 128, 4, BLOCK_G=32, **_DECODE_FEW),
+    ),
+    (paged_decode._combine_kernel, "bf16", _ATTENTION | _COMBINE | {"few": None, "QUERIES": 1}),
+    (paged_decode._combine_kernel, "bf16 few", _ATTENTION | _COMBINE | _DECODE_FEW),
+    (paged_shared._shared_kernel, "", _ATTENTION | _SHARED),
     (
         l1_cost._l1_cost_kernel,
         "bf16",

@@ -39,6 +39,9 @@ CASES = [
     Case("odd-dim", [(6, 13, True), (4, 4, False)], head_dim=20),
     Case("wide", [(35, 47, False), (32, 32, False), (1, 9, True)], heads=6),
     Case("wide-views", [(33, 50, False)], head_dim=20, consecutive=True),
+    Case("blocks", [(70, 150, True), (9, 130, False), (65, 65, True)], heads=3, kv_heads=1),
+    Case("odd-blocks", [(5, 200, True), (1, 150, True)], head_dim=20, page_size=16),
+    Case("few", [(2, 520, True), (8, 517, True), (3, 512, False), (9, 513, True), (5, 511, True)]),
     Case("shared", [(1, 9, True), (1, 9, True), (3, 9, True)], shared={1: 0, 2: 0}),
 ]
 

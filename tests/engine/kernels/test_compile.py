@@ -19,6 +19,7 @@ from mstar.engine import kernels
 # Shared memory that one program may use, in bytes (CUDA programming guide, compute capabilities).
 SHARED_LIMIT = {90: 227 * 1024, 80: 163 * 1024, 120: 99 * 1024}
 STACK_LIMIT = 128  # bytes per thread; a sine takes 32
+IN_REGISTERS = {"_decode_kernel", "_extend_kernel"}  # on their loops hangs most
 PACKAGE = Path(kernels.__file__).parent
 
 
@@ -47,6 +48,8 @@ def test_every_kernel_compiles_and_fits_on_every_architecture() -> None:
     failed = [
         r
         for r in results
-        if "error" in r or r["shared"] > SHARED_LIMIT[r["arch"]] or r["stack"] > STACK_LIMIT
+        if "error" in r
+        or r["shared"] > SHARED_LIMIT[r["arch"]]
+        or r["stack"] > (0 if r["kernel"] in IN_REGISTERS else STACK_LIMIT)
     ]
     assert not failed, "\n".join(map(str, failed))

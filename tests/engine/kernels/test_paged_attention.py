@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import pytest
 import torch
 from attention_cases import CASES, Case, make_case, reference
@@ -10,9 +12,9 @@ from mstar.engine.kernels import paged_attention as module
 from mstar.engine.kernels import paged_decode, paged_tiles
 from mstar.engine.kernels.paged_attention import paged_attention, paged_attention_triton
 from mstar.engine.kernels.paged_batch import BatchTensors, PagedBatch
-from mstar.engine.kernels.paged_decode import paged_decode_triton
+from mstar.engine.kernels.paged_decode import paged_decode_few_triton, paged_decode_triton
 from mstar.engine.kernels.paged_extend import paged_extend_triton
-from mstar.engine.kernels.paged_tiles import DECODE, EXTEND, tiles
+from mstar.engine.kernels.paged_tiles import DECODE, DECODE_FEW, EXTEND, tiles
 
 LONG = Case("long", [(1, 100, True), (1, 7, True), (1, 33, True), (1, 64, True)], page_size=16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -144,10 +146,12 @@ def test_the_kernels_match_the_reference(
 def test_every_tile_gives_the_same(case: Case, triton_device: str) -> None:
     q, k, v, batch, scale = make_case(case, torch.float32, triton_device)
     expected = reference(q, k, v, batch, scale)
-    for extend, decode in zip(tiles(EXTEND, q, k)[1], tiles(DECODE, q, k)[1], strict=True):
+    choices = [tiles(kernel, q, k)[1] for kernel in (EXTEND, DECODE, DECODE_FEW)]
+    for extend, decode, few in zip_longest(*choices):
         out = torch.full_like(q, torch.nan)
         paged_extend_triton(q, k, v, batch.tensors_on(q.device), scale, out, extend)
         paged_decode_triton(q, k, v, batch.tensors_on(q.device), scale, out, tile=decode)
+        paged_decode_few_triton(q, k, v, batch.tensors_on(q.device), scale, out, tile=few)
         torch.testing.assert_close(out.double().cpu(), expected, atol=2e-6, rtol=0)
 
 
@@ -250,6 +254,7 @@ def test_large_batches_on_a_gpu_match_the_torch_path(dtype: torch.dtype) -> None
         (300, 300, True),
         (128, 900, True),
         (77, 400, False),
+        (5, 1300, True),
         (1, 20, True),
     ]
     case = Case("large", sequences, heads=24, kv_heads=8, head_dim=128, page_size=16)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -13,11 +14,16 @@ from mstar.engine import sampler
 from mstar.engine.kernels import sample, sample_cut, sample_fused
 from mstar.engine.kernels.counter_noise import key, remainders, uniform_batch
 from mstar.engine.kernels.dispatch import jit, tl
-from mstar.engine.kernels.sample import sample_torch
+from mstar.engine.kernels.sample import bias, sample_torch
 from mstar.engine.kernels.sample_fused import sample_triton
-from mstar.engine.kernels.sample_rows import SampleRows
+from mstar.engine.kernels.sample_rows import (
+    HeldRows,
+    SampleRows,
+    draw_numbers,
+    thresholds_of,
+)
 from mstar.engine.sampler import DeviceSampler, HostSampler
-from mstar.engine.sampling import HostState, SamplingParams
+from mstar.engine.sampling import DeviceState, HostState, SamplingParams
 
 VOCAB = 301
 
@@ -148,9 +154,23 @@ KINDS = [
 ]
 
 
+def drawn(device: DeviceSampler, logits: torch.Tensor, states: list[DeviceState]) -> torch.Tensor:
+    """As `DeviceSampler.sample`, but of columns of a table, as in a captured step."""
+    numbers = [draw_numbers(state, VOCAB) for state in states]
+    ints = torch.tensor(numbers, device=logits.device).T.contiguous()
+    numbers = [thresholds_of(state) for state in states]
+    floats = torch.tensor(numbers, dtype=torch.float64, device=logits.device).T.contiguous()
+    rows = HeldRows(VOCAB, floats.unbind(), ints.unbind())
+    tokens = device.draw(logits, rows, partial(bias, states=states))
+    for state in states:
+        state.drawn += 1
+    return tokens
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+@pytest.mark.parametrize("way", [DeviceSampler.sample, drawn])
 def test_penalties_biases_and_stop_tokens_are_those_of_the_host(
-    monkeypatch: pytest.MonkeyPatch, triton_device: str
+    way: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch, triton_device: str
 ) -> None:
     monkeypatch.setattr(sampler, "use_triton", lambda _: True)
     host, device = HostSampler(VOCAB), DeviceSampler(VOCAB, triton_device)
@@ -164,7 +184,8 @@ def test_penalties_biases_and_stop_tokens_are_those_of_the_host(
     logits = torch.from_numpy(rng.normal(0, 3, (len(KINDS), VOCAB)).astype(np.float32))
     for _ in range(2):  # of the same logits, so that tokens repeat
         expected = host.sample(logits.clone(), states[0]).tolist()
-        assert device.sample(logits.to(triton_device).clone(), states[1]).tolist() == expected
+        found = way(device, logits.to(triton_device).clone(), states[1])
+        assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -198,19 +219,7 @@ def test_a_warm_sampler_has_run_every_kernel_and_keeps_no_slot(
     device.warmup()
     kinds = (True, False), (False, False), (False, True)
     assert ran == {(*kind, penalised) for kind in kinds for penalised in (False, True)}
-    assert len(device._free) == len(device._in_prompt) - 1
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Rows as those of a captured step: columns of tables, nothing known of them on the host."""
-
-    vocab: int
-    thresholds: list[torch.Tensor]
-    top_k: torch.Tensor
-    keys: torch.Tensor
-    are_greedy: bool = False
-    cut_by_rank: bool = True
+    assert len(device._free) == len(device.tables[0]) - 1
 
 
 def test_parameters_and_logits_may_be_parts_of_larger_tables(triton_device: str) -> None:
@@ -218,7 +227,7 @@ def test_parameters_and_logits_may_be_parts_of_larger_tables(triton_device: str)
     rows = rows_of(params, VOCAB, triton_device)
     floats = torch.cat(rows.thresholds, 1)
     numbers = torch.cat([rows.top_k, rows.keys, rows.top_k], 1)
-    columns = Columns(VOCAB, floats.split(1, 1), numbers[:, :1], numbers[:, 1:2])
+    columns = HeldRows(VOCAB, floats.unbind(1), (numbers[:, 1], numbers[:, 0]))
     logits = np.stack([some_logits(np.random.default_rng(i), VOCAB) for i in range(4)])
     wide = torch.zeros(4, VOCAB + 30, device=triton_device)
     wide[:, :VOCAB] = torch.from_numpy(logits)
@@ -250,7 +259,8 @@ def test_a_large_vocabulary_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [*cases(0, 36), *cases(1, 28)]
     rows = rows_of(params, 156_940, "cuda")
     logits = torch.randn(64, 156_940, generator=torch.Generator().manual_seed(0)).cuda() * 3
-    columns = Columns(156_940, list(rows.thresholds), rows.top_k, rows.keys)
+    numbers = rows.keys.squeeze(1), rows.top_k.squeeze(1)
+    columns = HeldRows(156_940, [column.squeeze(1) for column in rows.thresholds], numbers)
     expected = sample_torch(logits, rows)
     sample_triton(logits, columns)
     graph = torch.cuda.CUDAGraph()

@@ -81,6 +81,20 @@ def test_what_the_library_takes() -> None:
     assert not library_takes(eight.to(torch.int8), torch.float16)
 
 
+def test_without_products_of_fp8_rows_in_the_library_the_kernel_takes_all(monkeypatch) -> None:
+    def fails(*_, **__):
+        raise RuntimeError("torch._scaled_mm: row-wise scaling is not supported here")
+
+    monkeypatch.setattr(torch, "_scaled_mm", fails)
+    file._library_scales_rows.cache_clear()
+    try:
+        weight = torch.zeros(16, 32, dtype=FP8)
+        assert not library_takes(weight, torch.bfloat16)
+        assert library_takes(weight.to(torch.int8), torch.bfloat16)
+    finally:
+        file._library_scales_rows.cache_clear()
+
+
 def test_a_strip_of_the_weight_is_widened_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, exact = given(4, 50, 64, FP8, FP8)
     widened = []

@@ -12,7 +12,7 @@ from mstar import Engine
 from mstar.engine import paged_context
 from mstar.engine.captured import CapturedSteps
 from mstar.engine.kernels.paged_attention import paged_attention
-from mstar.engine.kernels.paged_batch import PagedBatch
+from mstar.engine.kernels.paged_batch import FEW, PagedBatch
 from tests.recording import replays
 
 CASES = json.loads((DATA / "goldens.json").read_text())["cases"]
@@ -25,6 +25,10 @@ def attention_of_tensors(q, keys, values, batch, scale):
         lengths = batch.query_start.diff().tolist()
         assert max(lengths) == batch.max_query_len
         assert batch.has_decode == (1 in lengths)
+        few = [index for index, n in enumerate(lengths) if 1 < n <= FEW]
+        rows = [[index, 2 * place] for place, index in enumerate(few)]
+        assert batch.few is None or batch.few.rows.tolist() == rows
+        assert batch.few is None or batch.few.tokens == 2 * len(few)
         tables, causal = batch.block_table.tolist(), batch.causal.tolist()
         batch = PagedBatch(lengths, batch.kv_len.tolist(), tables, causal, batch.page_size)
     return paged_attention(q, keys, values, batch, scale)

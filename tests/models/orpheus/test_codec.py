@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mstar.engine.weights import Checkpoint, load
 from mstar.models import orpheus
-from mstar.models.orpheus.codec import CodecJob, codec_runner
+from mstar.models.orpheus.codec import Codec, CodecJob
 from mstar.models.orpheus.snac import SnacConfig, SnacDecoder
 
 TINY = Path(orpheus.__file__).parent / "tiny" / "snac"
@@ -23,7 +23,7 @@ def run():
     with torch.device("meta"):
         snac = SnacDecoder(SnacConfig.from_file(TINY / "config.json"))
     load(snac, Checkpoint.open(TINY), device="cpu", dtype=torch.float32)
-    return codec_runner(snac, torch.device("cpu"))
+    return Codec(snac, torch.device("cpu")).run
 
 
 def job(low=0, high=FRAMES, keep=None, seed=None, **fades) -> CodecJob:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mstar import Engine
+from mstar.engine.captured import record
 from mstar.engine.weights import Checkpoint, load
 from mstar.models import orpheus
-from mstar.models.orpheus.codec import CodecJob, codec_runner
+from mstar.models.orpheus.codec import Codec, CodecJob
 from mstar.models.orpheus.snac import SnacConfig, SnacDecoder
 
 pytestmark = pytest.mark.gpu
@@ -79,17 +80,20 @@ def test_the_codec_is_float32_though_torch_lets_convolutions_use_tf32():
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_batches_of_the_codec_in_a_stream_of_its_own_are_those_of_the_cpu(seed):
+@pytest.mark.parametrize("captured", [False, True])
+def test_batches_of_the_codec_in_a_stream_of_its_own_are_those_of_the_cpu(captured, seed):
     codes = torch.randint(4096, (12, 7), generator=torch.Generator().manual_seed(1))
     jobs = [
         CodecJob(codes[low : low + 7].flatten().tolist(), low, low + 7, seed, (3, 4))
         for low in range(6)
     ]
-    wanted = codec_runner(codec_on("cpu"), torch.device("cpu"))(jobs)
-    run = codec_runner(codec_on("cuda"), torch.device("cuda"))
+    wanted = Codec(codec_on("cpu"), torch.device("cpu")).run(jobs)
+    codec = Codec(codec_on("cuda"), torch.device("cuda"), record() if captured else None)
+    with torch.inference_mode():
+        codec.capture(1, len(jobs))
     torch.cuda.synchronize()
     with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
-        found = [run(jobs) for _ in range(5)]  # pinned memory is used again and again
+        found = [codec.run(jobs) for _ in range(5)]  # pinned memory is used again and again
     for pcm in found:
         for got, want in zip(pcm, wanted, strict=True):
             assert np.abs(got.astype(int) - want).max() <= 1

@@ -8,28 +8,13 @@ import numpy as np
 import pytest
 import torch
 from pi05_data import asked, check_alone_and_together, every_case
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mstar import Engine, InvalidRequest
 from mstar.engine.node import Node
 from mstar.models.pi05.whole import WholeCall
-from tests.recording import replays
+from tests.recording import Strict, strict_replays
 
 CPU = torch.device("cpu")
-
-
-class Strict(TorchDispatchMode):
-    """Refuses what a CUDA graph could not hold: values read by the host, constants brought from it,
-    shapes that follow from values, dice."""
-
-    REFUSED = "item", "_local_scalar", "lift_fresh", "equal", "nonzero", "masked_select", "unique"
-    DICE = "rand", "normal", "uniform", "bernoulli", "multinomial"
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name.startswith((*self.REFUSED, *self.DICE)):
-            raise AssertionError(f"{name} cannot be captured")
-        return func(*args, **(kwargs or {}))
 
 
 def capturing(engine, rows, recorded):
@@ -37,8 +22,7 @@ def capturing(engine, rows, recorded):
 
     def record(step):
         recorded.append(step)
-        with Strict():
-            return replays(step)
+        return strict_replays(step)
 
     model = engine.model
     whole = WholeCall(model.policy, model.processor, model._table, CPU, rows, record)

@@ -24,6 +24,7 @@ from qwen_loop import TINY
 from mstar import Engine, InvalidRequest, RequestCancelled
 from mstar.models.base import Inputs
 from mstar.models.qwen3_omni.card import PARAMETERS
+from mstar.models.qwen3_omni.frames import FrameJob
 from mstar.models.qwen3_omni.speech import speaker_id
 from mstar.types import AudioChunk
 from tests.waiting import until
@@ -57,6 +58,10 @@ def calls(engine):
     return {name: node["calls"] for name, node in engine.stats()["nodes"].items()}
 
 
+def jobs_of(spans):
+    return [span.inputs for span in spans if isinstance(span.inputs, FrameJob)]
+
+
 def pages_used(engine):
     nodes = engine.stats()["nodes"]
     return nodes["thinker"]["pages"]["used"] + nodes["talker"]["pages"]["used"]
@@ -83,7 +88,7 @@ def test_text_alone_runs_nothing_but_the_thinker(engine):
 @pytest.mark.parametrize("stop", [None, "never said"])
 def test_speech_is_made_while_the_text_is_still_written(engine, stop, monkeypatch):
     ran = []
-    for node in (engine.model.thinker, engine.model.speech.frame):
+    for node in (engine.model.thinker, engine.model.speech.lm):
 
         def run(calls, node=node, run=node.run):
             ran.append(node.name)
@@ -91,7 +96,7 @@ def test_speech_is_made_while_the_text_is_still_written(engine, stop, monkeypatc
 
         monkeypatch.setattr(node, "run", run)
     events = list(engine.stream(**request_of(0, **SPOKEN), stop=stop))
-    assert "thinker" in ran[ran.index("frame") :]
+    assert "thinker" in ran[ran.index("talker") :]
     chunks = [event.pcm for event in events if isinstance(event, AudioChunk)]
     frame = engine.model.config.vocoder.frame_samples
     assert len(chunks[0]) == 2 * frame - 555
@@ -207,9 +212,9 @@ def test_a_given_text_is_read_aloud_without_the_thinker(engine):
 
 def test_the_talker_is_told_the_text_and_then_its_end(engine):
     told = []
-    frame = engine.model.speech.frame
-    run = frame.run
-    frame.run = lambda jobs: told.extend(job.text for job in jobs) or run(jobs)
+    talker = engine.model.speech.lm
+    run = talker.run
+    talker.run = lambda spans: told.extend(job.text for job in jobs_of(spans)) or run(spans)
     config, text = engine.model.config, "A moving dot."
     ids = engine.model.tokenizer.encode(text)
     try:
@@ -227,7 +232,7 @@ def test_the_talker_is_told_the_text_and_then_its_end(engine):
             assert told[:spoken] == [*written[1:spoken], config.tts_eos_token_id]
             assert CASES[0]["response"].startswith(result.text)
     finally:
-        frame.run = run
+        talker.run = run
 
 
 def test_an_empty_answer_is_silent(engine):
@@ -298,22 +303,22 @@ def test_requests_do_not_change_each_other(engine):
 
 
 def test_a_talker_that_fails_ends_its_request_alone(engine):
-    frame = engine.model.speech.frame
-    run = frame.run
+    talker = engine.model.speech.lm
+    run = talker.run
 
-    def failing(jobs):
-        if any(job.sampler.params.top_k == 7 for job in jobs):
+    def failing(spans):
+        if any(job.sampler.params.top_k == 7 for job in jobs_of(spans)):
             raise ValueError("no such frame")
-        return run(jobs)
+        return run(spans)
 
-    frame.run = failing
+    talker.run = failing
     try:
         bad = engine.submit(**request_of(0, **SPOKEN), code_predictor_top_k=7)
         assert_golden(1, engine.generate(**request_of(1, **SPOKEN)))
         with pytest.raises(Exception, match="no such frame"):
             bad.result()
     finally:
-        frame.run = run
+        talker.run = run
     assert pages_used(engine) == 0
 
 
