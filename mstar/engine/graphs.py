@@ -12,16 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mstar.engine.captured import Captured, Record
+from mstar.engine.captured import Captured, Outputs, Record, Step
 from mstar.engine.kernels.paged_batch import BatchTensors
 from mstar.engine.kernels.staging import block_table, pack
 from mstar.engine.kvcache import KVPool
 from mstar.engine.paged_context import PagedContext
 
 __all__ = ["DecodeGraphs"]
-
-Outputs = tuple[Tensor, ...]
-Forward = Callable[..., Outputs]
 
 
 class DecodeGraphs:
@@ -40,7 +37,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Step,
         pool: KVPool,
         buckets: Sequence[int],
         max_tokens: int,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mstar.engine.kernels.dispatch import jit, tl
 
-__all__ = ["exponential", "key", "mix", "remainders", "uniform", "uniform_batch"]
+__all__ = ["exponential", "key", "mix", "remainders", "signed", "uniform", "uniform_batch"]
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
@@ -36,6 +36,11 @@ def mix(value: int) -> int:
 def key(seed: int, counter: int) -> int:
     """What draw number `counter` of the sequence with this seed is keyed with, in 0 .. 2^64 - 1."""
     return mix(mix(seed) + _GAMMA * (counter + 1))
+
+
+def signed(value: int) -> int:
+    """The int64 with the same bits: sums and products of both kinds agree modulo 2^64."""
+    return value - (1 << 64) if value >> 63 else value
 
 
 def uniform(key: int, ids: np.ndarray, out: np.ndarray, spare: np.ndarray) -> np.ndarray:
@@ -72,10 +77,10 @@ def uniform_batch(keys: Tensor, ids: Tensor) -> Tensor:
     Returns:
         float64 `[batch, vocab]`.
     """
-    value = ids * _signed(_GAMMA) + (keys + _signed(_GAMMA))
+    value = ids * signed(_GAMMA) + (keys + signed(_GAMMA))
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
         value ^= _right(value, shift)
-        value *= _signed(factor)
+        value *= signed(factor)
     return _right(value, 12).bitwise_or_(_ONE).view(torch.float64).sub_(_BELOW_ONE)
 
 
@@ -98,11 +103,6 @@ def remainders(key, ids):
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB
     above_one = ((value >> 12) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
     return (2.0 - above_one) - 1.1102230246251565e-16  # 2^-53; nothing is rounded
-
-
-def _signed(value: int) -> int:
-    """The int64 with the same bits: sums and products of both kinds agree modulo 2^64."""
-    return value - (1 << 64) if value >> 63 else value
 
 
 def _right(value: Tensor, shift: int) -> Tensor:

@@ -6,10 +6,11 @@ batch attends for all of them to the chunks that they share, and reads these onc
 (`paged_decode`). That takes no more than this kernel, once per step, and leaves each row's
 arithmetic as it is without the others. A batch is ordered by age, so forks are neighbours.
 
-Only whole chunks of a sequence are shared: prefixes from 256 tokens on. Extension does without.
-There a sequence's queries fill blocks of rows by themselves, so those of two forks together would
-be as many and read as much; and pages that one fork reads are in the GPU's second-level cache when
-the next one does.
+Only whole chunks are shared, so prefixes from 256 tokens on, and only by sequences that are cut
+alike: short ones all are (256 tokens a chunk), long ones if their lengths are close. Extension does
+without. There a sequence's queries fill blocks of rows by themselves, so those of two forks
+together would be as many and read as much; and pages that one fork reads are in the GPU's
+second-level cache when the next one does.
 """
 
 from __future__ import annotations

@@ -121,8 +121,10 @@ def _sample(kernel: str, q: Tensor, k_pages: Tensor) -> tuple[Tensor, BatchTenso
 
 
 def block_keys(q: Tensor) -> int:
-    """Keys of a block: 64 of up to 256 bytes, fewer of wider ones."""
-    return max(16, min(64, (1 << 14) // (next_power_of_2(q.shape[2]) * q.element_size())))
+    """Keys of a block: 64 of up to 256 bytes, fewer of wider ones; 32 in float32, whose products
+    take registers."""
+    size = q.element_size()
+    return max(16, min(128 // size, (1 << 14) // (next_power_of_2(q.shape[2]) * size)))
 
 
 def takes_few(q: Tensor, k_pages: Tensor) -> bool:

@@ -48,7 +48,6 @@ _FAR = 20.0
 _LOWEST = float(np.finfo(np.float32).min)
 _SORTABLE = 4096
 _BUCKETS = 2048
-_SIGN = 1 << 63
 
 
 def sample_row(logits: np.ndarray, state: HostState) -> int:
@@ -319,7 +318,7 @@ def sample_torch(logits: Tensor, rows: SampleRows) -> Tensor:
         weights.masked_fill_(rank >= rows.top_k, 0.0)
         sums = weights.cumsum(-1)
         beyond = (sums - weights >= top_p * sums[:, -1:]).logical_and_(top_p < 1.0)
-        beyond[:, 0] = False
+        beyond[:, 0].fill_(False)
         weights.masked_fill_(beyond, 0.0)
     weights.masked_fill_(weights < min_p, 0.0)
     place = weights.div_(exponential(uniform_batch(rows.keys, ids))).argmax(-1, keepdim=True)

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mstar.engine.kernels.counter_noise import signed
 from mstar.engine.kernels.staging import pack
 
 if TYPE_CHECKING:
     from mstar.engine.sampling import SamplerState
 
 __all__ = ["HeldRows", "SampleRows", "draw_numbers", "thresholds_of"]
-
-_SIGN = 1 << 63
 
 
 def thresholds_of(state: SamplerState) -> tuple[float, ...]:
@@ -26,10 +25,10 @@ def thresholds_of(state: SamplerState) -> tuple[float, ...]:
 
 
 def draw_numbers(state: SamplerState, vocab: int) -> tuple[int, ...]:
-    """Key of the next draw (the int64 with the same bits), top-k; row of the tables, and 1 if
-    the token is to be counted there."""
+    """Key of the next draw (as an int64), top-k; row of the tables, and 1 if the token is to be
+    counted there."""
     p = state.params
-    return (state.next_key() ^ _SIGN) - _SIGN, p.top_k or vocab, state.slot, int(p.penalises)
+    return signed(state.next_key()), p.top_k or vocab, state.slot, int(p.penalises)
 
 
 class SampleRows:

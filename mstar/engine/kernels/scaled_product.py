@@ -82,6 +82,8 @@ def _library_scales_rows(device: torch.device) -> bool:
     x, scales = torch.zeros(16, 16, device=device).to(FP8), torch.ones(16, device=device)
     try:
         scaled_product_library(x, x, scales, None, scales, torch.bfloat16)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     return True

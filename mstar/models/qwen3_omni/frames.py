@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mstar.engine.captured import Record
 from mstar.engine.graphs import DecodeGraphs
-from mstar.engine.kernels.counter_noise import key
+from mstar.engine.kernels.counter_noise import key, signed
 from mstar.engine.kernels.sample import sample_batch
 from mstar.engine.kernels.sample_rows import HeldRows, draw_numbers, thresholds_of
 from mstar.engine.kernels.staging import send, to_device
@@ -30,7 +30,6 @@ from mstar.models.qwen3_omni.networks import Omni
 
 __all__ = ["Frame", "FrameJob", "Frames"]
 
-_SIGN = 1 << 63
 _STREAMS = 256  # that may have penalties before steps have to be captured again
 _OWN = 6  # integers of a row before those of the code predictor, and numbers of `thresholds_of`
 
@@ -227,10 +226,7 @@ class Frames:
     ) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """What a frame's step is told: integers, and numbers that are given as their bits."""
         first, params = number * self._passes, other.params
-        keys = [
-            (key(params.seed, first + n) ^ _SIGN) - _SIGN  # the int64 with the same bits
-            for n in range(self._passes)
-        ]
+        keys = [signed(key(params.seed, first + n)) for n in range(self._passes)]
         draw = draw_numbers(own, self._omni.talker.vocab_size)
         ints = text, int(not own.may_stop), *draw, params.top_k or self._vocab, *keys
         return ints, (*thresholds_of(own), *thresholds_of(other)[:3])

@@ -166,6 +166,7 @@ KERNELS: list[tuple[Any, str, dict[str, Any]]] = [
     (paged_extend._extend_kernel, "bf16", _attention("paged_extend", "bf16", 128)),
     (paged_extend._extend_kernel, "fp32", _attention("paged_extend", "fp32", 128)),
     (paged_extend._extend_kernel, "fp32 wide", _attention("paged_extend", "fp32", 256)),
+    (paged_extend._extend_kernel, "small heads", _attention("paged_extend", "fp32", 64)),
     (paged_decode._decode_kernel, "bf16", _attention("paged_decode", "bf16", 128, **_DECODE)),
     (
         paged_decode._decode_kernel,

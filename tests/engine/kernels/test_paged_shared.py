@@ -127,11 +127,25 @@ def test_sequences_that_are_cut_differently_do_not_share(triton_device: str) -> 
     pages = list(range(70))
     batch = PagedBatch([1, 1], [510, 520], [pages, pages], [True] * 2, SIZE)
     generator = torch.Generator().manual_seed(0)
-    q, pools = torch.randn(2, 2, 64, generator=generator), torch.randn(2, 70, SIZE, 1, 64)
+    q = torch.randn(2, 2, 64, generator=generator)
+    pools = torch.randn(2, 70, SIZE, 1, 64, generator=generator)
     q, pools = q.to(triton_device), pools.to(triton_device)
     tensors = batch.tensors_on(q.device)
     assert shared_keys(tensors, 8).tolist() == [0, 504]
     expect_equal(decode(q, pools, tensors), decode(q, pools, unshared(tensors)))
+
+
+@pytest.mark.gpu
+def test_a_captured_step_looks_again_in_each_replay() -> None:
+    q, pools, batch = made(3, "cuda")
+    tensors = batch.tensors_on(q.device)
+    decode(q, pools, tensors)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode(q, pools, tensors)
+    tensors.block_table[1, :9] = torch.arange(45, 54, dtype=torch.int32, device="cuda")
+    graph.replay()
+    expect_equal(out, decode(q, pools, unshared(tensors)))
 
 
 def test_a_mixed_batch_shares_among_those_that_decode(triton_device: str) -> None:

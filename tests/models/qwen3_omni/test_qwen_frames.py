@@ -23,7 +23,7 @@ from mstar.engine.spans import Span, Step, Tokens
 from mstar.errors import RequestFailed
 from mstar.models.qwen3_omni import frames as frames_module
 from mstar.models.qwen3_omni.frames import FrameJob, Frames
-from tests.recording import replays
+from tests.recording import replays, strict_replays
 from tests.waiting import until
 
 SMALL = {"token_budget": 9, "kv_tokens": 192}  # prompts come in chunks, beside others' frames
@@ -213,6 +213,23 @@ def test_scores_that_are_no_numbers_choose_some_code_and_then_fail(name, request
     assert frame.following.hidden.shape == (1, 48)
     with pytest.raises(RequestFailed, match="no token can be chosen"):
         assert frame.following.token
+
+
+def test_nothing_in_a_frame_waits_for_the_host(plain, monkeypatch):
+    """But for the mixtures of experts, which only a GPU's kernels run without."""
+    lm, talker, recorded = plain.model.speech.lm, plain.model.omni.talker, []
+
+    def recording(step):
+        recorded.append(strict_replays(step))
+        return recorded[-1]
+
+    monkeypatch.setattr(lm, "run", lm.run)  # which `Frames` puts another in place of
+    monkeypatch.setattr(lm, "sampler", DeviceSampler(lm.sampler.vocab_size, "cpu"))
+    monkeypatch.setattr(lm, "max_batch", 3)
+    monkeypatch.setattr(type(talker), "forward", lambda _, inputs, positions, context: inputs)
+    monkeypatch.setattr(graphs, "PagedContext", PagedContext)
+    Frames(plain.model.omni, lm, recording).warmup()
+    assert [len(outputs[1]) for _, outputs in recorded] == [3, 2, 1]
 
 
 def begun(engine, frames, count=3):
