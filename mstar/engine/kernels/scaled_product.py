@@ -70,8 +70,10 @@ def scaled_product(
 def library_takes(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the library's product can be used: float16 may overflow before it is scaled, and fp8
     is multiplied in pieces of 16, where the library can scale rows of it."""
-    if dtype != torch.bfloat16 or weight.dtype == torch.int8:
-        return dtype == torch.bfloat16
+    if dtype != torch.bfloat16:
+        return False
+    if weight.dtype == torch.int8:
+        return True
     return not any(size % 16 for size in weight.shape) and _library_scales_rows(weight.device)
 
 

@@ -31,7 +31,8 @@ from mstar.models.qwen3_omni.networks import Omni
 __all__ = ["Frame", "FrameJob", "Frames"]
 
 _STREAMS = 256  # that may have penalties before steps have to be captured again
-_OWN = 6  # integers of a row before those of the code predictor, and numbers of `thresholds_of`
+_OWN_INTS = 6  # of a row, before those of the code predictor: text, hold and `draw_numbers`
+_OWN_THRESHOLDS = 6  # as many as `thresholds_of` gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,21 +182,21 @@ class Frames:
             positions: of the Talker's next inputs.
             numbers: int64 `[columns, frames]`, see `_row`.
         """
-        talker, ends = self._omni.talker, _OWN + 1 + self._passes
-        text, hold, *own = numbers[:_OWN].unbind()
-        top_k, *keys = numbers[_OWN:ends].unbind()
+        talker, ends = self._omni.talker, _OWN_INTS + 1 + self._passes
+        text, hold, *own = numbers[:_OWN_INTS].unbind()
+        top_k, *keys = numbers[_OWN_INTS:ends].unbind()
         thresholds = numbers[ends:].view(torch.float64).unbind()
         draws = iter(keys)
 
         def choose(scores: Tensor) -> Tensor:
-            rows = HeldRows(self._vocab, thresholds[_OWN:], (next(draws), top_k))
+            rows = HeldRows(self._vocab, thresholds[_OWN_THRESHOLDS:], (next(draws), top_k))
             return _some(sample_batch(scores, rows))
 
         codes, inputs = self._completed(hidden, first, text, choose)
         hidden = talker(inputs, positions, context)
         logits = talker.logits(hidden)
         logits[:, talker.config.codec_eos_token_id].masked_fill_(hold != 0, -torch.inf)
-        rows = HeldRows(talker.vocab_size, thresholds[:_OWN], own)
+        rows = HeldRows(talker.vocab_size, thresholds[:_OWN_THRESHOLDS], own)
         return hidden, self._lm.sampler.draw(logits, rows), codes
 
     def _completed(

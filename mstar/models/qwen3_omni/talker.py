@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mstar.engine.kvcache import KVLayout
 from mstar.engine.layers.attention import AttentionContext
-from mstar.engine.layers.linear import linear
+from mstar.engine.layers.linear import apply, linear
 from mstar.engine.layers.weight import Weight
 from mstar.models.qwen3_omni.code_predictor import CodePredictor
 from mstar.models.qwen3_omni.config import TalkerConfig
@@ -100,5 +100,4 @@ class _Projection(nn.Module):
         self.linear_fc2 = nn.Linear(inner, config.text.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.silu(linear(x, self.linear_fc1.weight, self.linear_fc1.bias))
-        return linear(h, self.linear_fc2.weight, self.linear_fc2.bias)
+        return apply(self.linear_fc2, F.silu(apply(self.linear_fc1, x)))
